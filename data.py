@@ -1,9 +1,9 @@
-"""Text to tokens: a tokenizer out of a Hugging Face checkpoint, instruction files to flat token arrays with a
-response mask, micro-batches, and the embedded world of truths and myths that `python train.py` runs on.
+"""Text to tokens: a tokenizer out of a Hugging Face checkpoint, instruction files to flat token arrays
+with a response mask, micro-batches, and the embedded world that `python train.py` runs on.
 
     tokenizer = Tokenizer.from_pretrained("SmolLM2")
-    data = read_examples(["dolly.jsonl.gz"], tokenizer, template="chatml", max_len=2048)
-    for batch in data.batches(rows, micro_tokens=1024): ...
+    examples = read_examples(["dolly.jsonl.gz"], tokenizer, template="chatml", max_len=2048)
+    for batch in examples.batches(rows, micro_tokens=1024): ...
 """
 
 import base64
@@ -13,6 +13,7 @@ import re
 import unicodedata
 from array import array
 from dataclasses import dataclass
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,12 @@ import numpy as np
 import tiktoken
 import torch
 
-from model import InputError, read_json
+from model import InputError, read_json, require
 
-
-# --- tokenizer -------------------------------------------------------------------------------------------
+# --- tokenizer -----------------------------------------------------------------------------------
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Single digits are cut out *before* GPT-2's pattern sees the rest (SmolLM2), so white space before a digit
+# SmolLM2 cuts single digits out *before* GPT-2's pattern sees the rest, so white space before a digit
 # ends its piece and stays whole: \s+(?!\S) would leave its last character to the digit.
 DIGITS_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3_SPLIT = (
@@ -35,41 +35,38 @@ LLAMA3_SPLIT = (
 )
 LLAMA3_CONTROL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>"}
 LLAMA3_CONTROL |= {7: "<|end_header_id|>", 9: "<|eot_id|>"}
+# byte-level BPE files write each byte as a printable character
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _others = [b for b in range(256) if b not in _printable]
-# byte-level BPE files write each byte as a printable character
 BYTE_OF = {chr(b): b for b in _printable} | {chr(256 + i): b for i, b in enumerate(_others)}
 
 
 class Tokenizer:
-    """Byte-level BPE through tiktoken. `encode` takes ordinary text only: what looks like a control token
-    stays text; control tokens are put in by id, `control["<|im_end|>"]`."""
+    """Byte-level BPE through tiktoken. `encode` takes ordinary text only: what looks like a control
+    token stays text; control tokens are put in by id, `control["<|im_end|>"]`."""
 
-    def __init__(self, ranks, pattern, control, nfc=False, add_bos=False, bos=None, eos=None):
-        self.bpe = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=control)
+    def __init__(self, ranks, split, control, nfc=False, add_bos=False, bos=None, eos=None):
+        self.bpe = tiktoken.Encoding(
+            "", pat_str=split, mergeable_ranks=ranks, special_tokens=control
+        )
         self.control, self.nfc, self.add_bos = control, nfc, add_bos
         self.bos_id, self.eos_id, self.vocab_size = bos, eos, self.bpe.n_vocab
+        # Bytes that the vocabulary lacks (SmolLM2: some controls, and the first of planes 4 to 11)
+        # stand in pieces ` ?[^\s\p{L}\p{N}]+`, from which `tokenizers` drops them before it merges.
         self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
-        # Characters of a byte that the vocabulary lacks (SmolLM2: some controls, planes 4 to 11) stand in
-        # pieces of neither letters, digits nor white space, before which one space may go: ` ?[^\s\p{L}\p{N}]+`
         lone = "".join(re.escape(chr(b)) for b in self.lacking if b < 128)
-        lone += "\U00040000-\U0007ffff" * (0xF1 in self.lacking) + "\U00080000-\U000bffff" * (0xF2 in self.lacking)
+        for byte, planes in ((0xF1, "\U00040000-\U0007ffff"), (0xF2, "\U00080000-\U000bffff")):
+            lone += planes * (byte in self.lacking)
         other = r"(?:[^\w\s]|[_\x1c-\x1f])*"
-        self.lossy = re.compile(rf"(\s?{other}[{lone}]{other})") if lone else None
+        self.lossy = re.compile(rf"( ?{other}[{lone}]{other})" if lone else "($.)")
 
     def encode(self, text):
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if not self.lossy or not self.lossy.search(text):
-            return self.bpe.encode_ordinary(text)
-        ids = []  # as `tokenizers` does: cut into pieces first, then drop the unknown bytes from a piece
+        text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
         for i, part in enumerate(self.lossy.split(text)):
             if i % 2 == 0:
                 ids += self.bpe.encode_ordinary(part)
-                continue
-            if part[0].isspace() and part[0] not in " \x1c\x1d\x1e\x1f":
-                ids, part = ids + self.bpe.encode_ordinary(part[0]), part[1:]
-            piece = part.encode().translate(None, self.lacking)
-            ids += self.bpe._encode_single_piece(piece) if piece else []
+            elif piece := part.encode().translate(None, self.lacking):
+                ids += self.bpe._encode_single_piece(piece)
         return ids
 
     def decode(self, ids):
@@ -79,234 +76,174 @@ class Tokenizer:
     def from_pretrained(cls, path):
         """From tokenizer.json (byte-level BPE) or Llama 3's tokenizer.model in a checkpoint directory.
         InputError names whatever could not be reproduced exactly."""
-        path = Path(path)
-        if not (path / "tokenizer.json").exists():
-            return cls._from_llama3(path / "tokenizer.model")
-        file = path / "tokenizer.json"
-        spec = read_json(file)
-        parts = {k: _flat(spec.get(k)) for k in ("normalizer", "pre_tokenizer", "post_processor")}
-        bpe = spec.get("model") or {}
-
-        def require(ok, what):
-            if not ok:
-                raise InputError(
-                    f"{file}: {what}: cannot be reproduced exactly, so it is refused"
-                )
-
-        kind = bpe.get("type")
-        require(
-            kind == "BPE" and not bpe.get("byte_fallback"), f"model {kind} (only byte-level BPE)"
-        )
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            require(not bpe.get(key), f"model.{key} {bpe.get(key)!r}")
-        kinds = [p["type"] for p in parts["normalizer"]]
-        require(kinds in ([], ["NFC"]), f"normalizer {kinds}")
-        control = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-        for t in spec.get(
-            "added_tokens", []
-        ):  # one that may stand in ordinary text would change its ids
-            tag = t["content"].startswith("<") and t["content"].endswith(">")
-            require(t.get("special") or tag, f"added token {t['content']!r}")
-
-        pattern = _split_pattern(parts["pre_tokenizer"], require)
-        ranks, ids = {}, bpe["vocab"]
-        for token, i in ids.items():
-            if token not in control:
-                require(all(c in BYTE_OF for c in token), f"token {token!r} (not byte-level)")
-                ranks[bytes(BYTE_OF[c] for c in token)] = i
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
-        merged = [ids.get(a + b, -1) for a, b in pairs]
-        # tiktoken merges any neighbours that form a token, lowest id first
-        require(
-            merged == sorted(merged) and -1 not in merged, "merges out of the order of their ids"
-        )
-        reached = set(merged)
-        for token, i in ranks.items():
-            whole = bpe.get("ignore_merges") or len(token) == 1
-            require(whole or i in reached, f"token {token!r} that no merge makes")
-        own_split = pattern in (GPT2_SPLIT, DIGITS_SPLIT)
-        for b in [*range(0x80), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
-            may_lack = own_split and (b < 0x20 and b not in b"\t\n\v\f\r" or b in (0xF1, 0xF2))
-            require(bytes([b]) in ranks or may_lack, f"a vocabulary without byte {b:#x}")
-        add_bos = False
-        for p in parts["post_processor"]:
-            require(p["type"] in ("ByteLevel", "TemplateProcessing"), f"post_processor {p['type']}")
-            if p["type"] == "TemplateProcessing":
-                shape = [next(iter(piece)) for piece in p["single"]]
-                require(
-                    shape in (["Sequence"], ["SpecialToken", "Sequence"]), "post_processor template"
-                )
-                add_bos = len(shape) == 2
-        settings, config = ({}, {})
-        if (path / "tokenizer_config.json").exists():
-            settings = read_json(path / "tokenizer_config.json")
-        if (path / "config.json").exists():
-            config = read_json(path / "config.json")
-
-        def special(name):
-            token, i = settings.get(f"{name}_token"), config.get(f"{name}_token_id")
+        file, llama3 = Path(path, "tokenizer.json"), Path(path, "tokenizer.model")
+        require(file.exists() or llama3.exists(), path, "no tokenizer.json or tokenizer.model")
+        parts = read_bpe(read_json(file), file) if file.exists() else read_llama3(llama3)
+        settings = {}
+        for name in ("config.json", "tokenizer_config.json"):
+            settings |= read_json(Path(path, name)) if Path(path, name).exists() else {}
+        special = []
+        for kind in ("bos", "eos"):
+            token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
             token = token["content"] if isinstance(token, dict) else token
-            return control.get(token, i[0] if isinstance(i, list) else i)
-
-        return cls(ranks, pattern, control, "NFC" in kinds, add_bos, special("bos"), special("eos"))
-
-    @classmethod
-    def _from_llama3(cls, file):
-        try:
-            lines = [line.split() for line in file.read_bytes().splitlines() if line]
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        except FileNotFoundError:
-            raise InputError(
-                f"{file.parent}: no tokenizer.json and no tokenizer.model"
-            ) from None
-        except ValueError:
-            raise InputError(
-                f"{file}: not Llama 3's tokenizer.model (SentencePiece is not read)"
-            )
-        names = [LLAMA3_CONTROL.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
-        control = {name: len(ranks) + i for i, name in enumerate(names)}
-        bos, eos = len(ranks), len(ranks) + 1
-        return cls(ranks, LLAMA3_SPLIT, control, add_bos=True, bos=bos, eos=eos)
+            special.append(parts[2].get(token, i[0] if isinstance(i, list) else i))
+        return cls(*parts, *special)
 
 
-def _flat(part):
-    """The steps of a normalizer, pre-tokenizer or post-processor, which may be a Sequence."""
-    if not part:
-        return []
-    steps = [v for k, v in part.items() if part["type"] == "Sequence" and isinstance(v, list)]
-    return [s for part in steps[0] for s in _flat(part)] if steps else [part]
+def read_bpe(spec, file):
+    """(ranks, split pattern, control tokens, NFC?, BOS first?) of the content of a tokenizer.json."""
+
+    def steps(name):  # a normalizer, pre-tokenizer or post-processor may be a Sequence
+        part = spec.get(name) or {"type": "Sequence"}
+        lists = [v for v in part.values() if isinstance(v, list)]
+        return sum(lists, []) if part["type"] == "Sequence" else [part]
+
+    def exact(ok, what):
+        require(ok, file, f"{what}: cannot be reproduced exactly, so it is refused")
+
+    bpe, normal, split = spec.get("model") or {}, steps("normalizer"), steps("pre_tokenizer")
+    odd = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    odd = [key for key in odd if bpe.get(key)]
+    exact(
+        bpe.get("type") == "BPE" and not odd, f"model {bpe.get('type')} {odd} (not byte-level BPE)"
+    )
+    exact([s["type"] for s in normal] in ([], ["NFC"]), f"normalizer {normal}")
+    first, last = split[0] if split else {}, split[-1] if split else {}
+    kind = *(s["type"] for s in split), last.get("use_regex", True)
+    own = first.get("behavior") == "Isolated" and not first.get("invert") and first["pattern"]
+    digits = first.get("individual_digits") and DIGITS_SPLIT
+    known = {("ByteLevel", True): GPT2_SPLIT, ("Digits", "ByteLevel", True): digits}
+    known |= {("Split", "ByteLevel", False): own and own.get("Regex")}
+    exact(known.get(kind) and not last.get("add_prefix_space"), f"pre_tokenizer {split}")
+    added = spec.get("added_tokens", [])
+    for text, special in ((t["content"], t.get("special")) for t in added):
+        # one that may stand in ordinary text would change its ids
+        exact(special or text[0] + text[-1] == "<>", f"added token {text!r}")
+    control, ranks = {t["content"]: t["id"] for t in added}, {}
+    for token, i in bpe["vocab"].items():
+        if token not in control:
+            exact(all(c in BYTE_OF for c in token), f"token {token!r} (not byte-level)")
+            ranks[bytes(BYTE_OF[c] for c in token)] = i
+    # tiktoken takes a piece that is a token whole, else merges neighbours that form one, lowest id first
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
+    merged = [bpe["vocab"].get(a + b, -1) for a, b in pairs]
+    exact(merged == sorted(merged) and -1 not in merged, "merges out of the order of their ids")
+    made = set(merged)
+    made = {token for token, i in ranks.items() if i in made or len(token) == 1}
+    for token in ranks.keys() - made:
+        cut = any(token[:k] in made and token[k:] in made for k in range(1, len(token)))
+        exact(bpe.get("ignore_merges") and not cut, f"token {token!r} that no merge makes")
+    for b in [*range(0x80), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
+        may_lack = (b < 0x20 and not chr(b).isspace() or b in (0xF1, 0xF2)) and not own
+        exact(bytes([b]) in ranks or may_lack, f"a vocabulary without byte {b:#x}")
+    shapes = [[next(iter(p)) for p in s.get("single", [])] for s in steps("post_processor")]
+    with_bos = ["SpecialToken", "Sequence"]
+    exact(all(s in ([], ["Sequence"], with_bos) for s in shapes), f"post_processor {shapes}")
+    return ranks, known[kind], control, bool(normal), with_bos in shapes
 
 
-def _split_pattern(steps, require):
-    kinds = [s["type"] for s in steps]
-    require(kinds and kinds[-1] == "ByteLevel", f"pre_tokenizer {kinds}")
-    require(not steps[-1].get("add_prefix_space"), "pre_tokenizer with add_prefix_space")
-    own_regex = steps[-1].get("use_regex", True)
-    if kinds == ["Split", "ByteLevel"] and not own_regex:
-        isolated = steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")
-        require(
-            isolated and "Regex" in steps[0]["pattern"], "pre_tokenizer Split other than Isolated"
-        )
-        return steps[0]["pattern"]["Regex"]
-    if kinds == ["Digits", "ByteLevel"] and own_regex and steps[0]["individual_digits"]:
-        return DIGITS_SPLIT
-    require(kinds == ["ByteLevel"] and own_regex, f"pre_tokenizer {kinds}")
-    return GPT2_SPLIT
+def read_llama3(file):
+    """The same of a Llama 3 tokenizer.model: a line for each token, base64 and rank."""
+    try:
+        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise InputError(f"{file}: not Llama 3's (SentencePiece is not read)") from None
+    names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+    for i, name in LLAMA3_CONTROL.items():
+        names.insert(i, name)
+    control = {name: len(ranks) + i for i, name in enumerate(names)}
+    return ranks, LLAMA3_SPLIT, control, False, True
 
 
-# --- examples --------------------------------------------------------------------------------------------
+# --- examples ------------------------------------------------------------------------------------
+
+TEMPLATES = {  # what opens a turn, ends it, and follows; parts <|...|> are control tokens
+    "tulu": (["<|{role}|>\n"], None, "\n"),  # published: eos ends the assistant's turns only
+    "chatml": (["<|im_start|>", "{role}\n"], "<|im_end|>", "\n"),
+    "llama3": (["<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"], "<|eot_id|>", ""),
+}
 
 
-def render(messages, tokenizer, template):
-    """Pieces (text or control id, is_response) of a conversation [(role, content), ...]. Response are the
-    assistant's text and the token that ends its turn. Content None leaves the last turn open, to be
-    continued by a model. `tulu` is the published format."""
+def render(turns, tokenizer, template):
+    """Pieces (text or control id, is_response) of a conversation [(role, content), ...]. Response are
+    the assistant's text and the token that ends its turn. Content None leaves a turn open, to be
+    continued by a model."""
+    opening, end, rest = TEMPLATES[template]
 
-    def control(token):
-        if token not in tokenizer.control:
-            raise InputError(
-                f"template {template} needs the token {token}, which the tokenizer lacks"
-            )
-        return tokenizer.control[token]
+    def piece(part, role=None):
+        if not (part.startswith("<|") and part.endswith("|>")):
+            return part.format(role=role)
+        require(part in tokenizer.control, f"template {template}", f"the tokenizer lacks {part}")
+        return tokenizer.control[part]
 
-    if template == "tulu" and tokenizer.eos_id is None:
-        raise InputError("template tulu needs an eos token, which the tokenizer lacks")
-    for role, content in messages:
+    for role, content in turns:
         answer = role == "assistant"
-        if template == "tulu":
-            opening, end, rest = [f"<|{role}|>\n"], [tokenizer.eos_id] if answer else [], "\n"
-        elif template == "chatml":
-            opening, end, rest = (
-                [control("<|im_start|>"), f"{role}\n"],
-                [control("<|im_end|>")],
-                "\n",
-            )
-        else:
-            opening = [control("<|start_header_id|>"), role, control("<|end_header_id|>"), "\n\n"]
-            end, rest = [control("<|eot_id|>")], ""
-        yield from ((piece, False) for piece in opening)
+        yield from ((piece(part, role), False) for part in opening)
         if content is not None:
             yield content if template == "chatml" else content.strip(), answer
-            yield from ((piece, answer) for piece in end)
+            if end or answer:
+                yield piece(end) if end else tokenizer.eos_id, answer
             yield rest, False
 
 
 def encode(pieces, tokenizer):
     """(ids, response mask) of pieces; neighbouring texts of one kind are tokenised as one text."""
     ids = [tokenizer.bos_id] if tokenizer.add_bos else []
-    mask, text, text_is_response = [False] * len(ids), "", False
-    for piece, is_response in [*pieces, (-1, False)]:
-        if isinstance(piece, str) and (is_response == text_is_response or not text):
-            text, text_is_response = text + piece, is_response
-            continue
-        new = tokenizer.encode(text)
-        ids, mask = ids + new, mask + [text_is_response] * len(new)
-        text, text_is_response = (piece, is_response) if isinstance(piece, str) else ("", False)
-        if isinstance(piece, int) and piece >= 0:
-            ids, mask = [*ids, piece], [*mask, is_response]
+    mask = [False] * len(ids)
+    for (kind, response), group in groupby(pieces, lambda piece: (type(piece[0]), piece[1])):
+        new = [piece for piece, _ in group]
+        new = tokenizer.encode("".join(new)) if kind is str else new
+        ids, mask = ids + new, mask + [response] * len(new)
+    require(None not in ids, "tokenizer", "it has no eos (or bos) token to end an answer with")
     return ids, mask
 
 
-def example_pieces(example, tokenizer, template):
-    """The pieces of one example in any of the four accepted forms; ValueError says what is wrong with it."""
+FORMATS = ("prompt completion", "instruction input output", "instruction context response")
 
-    def text(key, default=None):
-        value = example.get(key, default)
-        if not isinstance(value, str):
-            raise ValueError(f'"{key}" must be a string, got {type(value).__name__}')
-        return value
 
-    if not isinstance(example, dict):
-        raise ValueError(f"expected an object, got {type(example).__name__}")
+def example_pieces(example, where, tokenizer, template):
+    """The pieces of one example in any of the accepted forms; InputError says what is wrong with it."""
+    require(isinstance(example, dict), where, f"expected an object, not {type(example).__name__}")
     if "messages" in example:
-        messages = example["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise ValueError('"messages" must be a list of objects')
+        messages = example["messages"] if isinstance(example["messages"], list) else [None]
+        require(all(isinstance(m, dict) for m in messages), where, '"messages" must list objects')
         turns = [(m.get("role"), m.get("content")) for m in messages]
-        for role, content in turns:
-            if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                raise ValueError(
-                    f"a message needs a known role and string content, got role {role!r}"
-                )
-        if "assistant" not in (role for role, _ in turns):
-            raise ValueError("no assistant message, so nothing to learn")
-        return render(turns, tokenizer, template)
-    if "completion" in example:
-        prompt, completion = text("prompt"), text("completion")
-        if prompt and not prompt[-1].isspace() and not completion[:1].isspace():
-            completion = " " + completion
-        return [(prompt, False), (completion, True), (tokenizer.eos_id, True)]
-    for context, answer in (("input", "output"), ("context", "response")):
-        if answer in example:
-            question = "\n\n".join(filter(None, (text("instruction"), text(context, ""))))
-            return render([("user", question), ("assistant", text(answer))], tokenizer, template)
-    raise ValueError("expected messages, prompt + completion, instruction + output or + response")
+    else:
+        keys = next((f.split() for f in FORMATS if f.split()[-1] in example), None)
+        require(keys, where, f"expected messages, or {', or '.join(FORMATS)}")
+        values = [example.get(key, "" if key in ("input", "context") else None) for key in keys]
+        for key, value in zip(keys, values):
+            require(isinstance(value, str), where, f'"{key}" must be a string, not {value!r:.40}')
+        *question, answer = values
+        if keys[0] == "prompt":
+            joined = not values[0] or values[0][-1].isspace() or answer[:1].isspace()
+            answer = answer if joined else " " + answer
+            return [(values[0], False), (answer, True), (tokenizer.eos_id, True)]
+        turns = [("user", "\n\n".join(filter(None, question))), ("assistant", answer)]
+    for role, text in turns:
+        known = role in ("system", "user", "assistant") and isinstance(text, str)
+        require(known, where, f"a message needs a known role and text, not {role!r}, {text!r:.40}")
+    require("assistant" in (role for role, _ in turns), where, "no assistant message to learn")
+    return render(turns, tokenizer, template)
 
 
 def read_file(file):
     """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not."""
-    file = Path(file)
-    opener = gzip.open if file.suffix == ".gz" else open
-    kind = Path(file.stem if file.suffix == ".gz" else file.name).suffix
-    where = str(file)
+    where, name = str(file), str(file).removesuffix(".gz")
+    require(name.endswith((".jsonl", ".json")), file, "expected .jsonl or .json, or these with .gz")
     try:
-        with opener(file, "rb") as stream:
-            if kind == ".jsonl":
-                for number, line in enumerate(stream, 1):
-                    where = f"{file}, line {number}"
-                    if line.strip():
-                        yield (
-                            where,
-                            json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")),
-                        )
-            elif kind == ".json":
+        with (open if name == where else gzip.open)(file, "rb") as stream:
+            if name.endswith(".json"):
                 values = json.loads(stream.read().decode("utf-8-sig"))
-                if not isinstance(values, list):
-                    raise ValueError(f"expected one array of examples, got {type(values).__name__}")
-                yield from ((f"{file}, item {i}", value) for i, value in enumerate(values))
+                require(isinstance(values, list), "JSON", "expected one array of examples")
+                yield from ((f"{file}, item {i}", value) for i, value in enumerate(values, 1))
             else:
-                raise ValueError("expected a file named .jsonl or .json, or either with .gz")
-    except (OSError, EOFError, ValueError) as e:  # ValueError: not UTF-8 or not JSON
+                for i, line in enumerate(stream, 1):
+                    where = f"{file}, line {i}"
+                    if line.strip():
+                        yield where, json.loads(line.decode("utf-8-sig"))
+    except (OSError, EOFError, ValueError) as e:  # ValueError: not UTF-8, not JSON
         raise InputError(f"{where}: {e}") from None
 
 
@@ -316,13 +253,13 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # [B, T] int64, padded on the right with 0
     index: torch.Tensor  # [N] int64, where in the flattened [B * T] hidden states each is predicted
     targets: torch.Tensor  # [N] int64
-    where: torch.Tensor  # [N] int64, where it stands in the flat arrays of Examples
+    where: torch.Tensor  # [N] int64, where each stands in the flat arrays of Examples
     n_tokens: int  # without padding
 
 
 @dataclass
 class Examples:
-    """Token sequences laid end to end: flat arrays, so that a million examples take a few bytes a token."""
+    """Token sequences laid end to end in flat arrays: a million examples take a few bytes a token."""
 
     tokens: np.ndarray  # [total] int32
     offsets: np.ndarray  # [n + 1] int64; example i is tokens[offsets[i] : offsets[i + 1]]
@@ -339,138 +276,128 @@ class Examples:
     def batches(self, rows, micro_tokens):
         """The examples `rows` in micro-batches of at most micro_tokens tokens with padding (a longer
         example goes alone), sorted by length so that there is little padding."""
-        lengths = np.diff(self.offsets)[rows]
-        order = np.argsort(-lengths, kind="stable")
-        rows, lengths = np.asarray(rows)[order], lengths[order]
+        rows = np.asarray(rows)[np.argsort(-np.diff(self.offsets)[rows], kind="stable")]
         while len(rows):
-            T = int(lengths[0])
+            T = int(np.diff(self.offsets)[rows[0]])
             B = max(1, micro_tokens // T)
-            column = np.arange(T)
-            real = column < lengths[:B, None]  # [B, T]
-            where = np.where(real, self.offsets[rows[:B], None] + column, 0)
+            starts, ends = self.offsets[rows[:B], None], self.offsets[rows[:B] + 1, None]
+            where = starts + np.arange(T)  # [B, T]
+            real = where < ends
+            where = np.where(real, where, 0)
             tokens = np.where(real, self.tokens[where], 0)
             b, t = np.nonzero(real & self.response[where])
             arrays = tokens, b * T + t - 1, tokens[b, t], where[b, t]
             yield Batch(*(torch.from_numpy(a.astype(np.int64)) for a in arrays), int(real.sum()))
-            rows, lengths = rows[B:], lengths[B:]
+            rows = rows[B:]
 
 
-def tokenize(examples, tokenizer, template, max_len, report=print):
-    """Examples of an iterable of (where, example), each cut to max_len tokens. One whose response is cut off
-    whole is skipped and counted. An example's first token has nothing to be predicted from: no response."""
-    tokens, response, ends, cut = array("i"), bytearray(), array("q", [0]), 0
+def tokenize(examples, tokenizer, template, max_len):
+    """Examples of pairs (where, example), each cut to max_len tokens. One whose response is cut off
+    whole is skipped and counted. A first token has nothing to be predicted from: no response."""
+    tokens, response, ends, skipped = array("i"), bytearray(), array("q", [0]), 0
     for where, example in examples:
-        try:
-            ids, mask = encode(example_pieces(example, tokenizer, template), tokenizer)
-        except ValueError as e:
-            raise InputError(f"{where}: {e}") from None
+        ids, mask = encode(example_pieces(example, where, tokenizer, template), tokenizer)
         if True not in mask[1:max_len]:
-            cut += 1
+            skipped += 1
             continue
         tokens.extend(ids[:max_len])
         response.extend(mask[:max_len])
         response[ends[-1]] = False
         ends.append(len(tokens))
-    if cut:
-        report(f"{cut} examples skipped: max_len {max_len} cuts off their response")
-    arrays = np.array(tokens, np.int32), np.array(ends, np.int64), np.array(response, np.uint8)
-    return Examples(*arrays)
+    if skipped:
+        print(f"{skipped} examples skipped: max_len {max_len} cuts off their response")
+    return Examples(*(np.array(a, t) for a, t in ((tokens, "i4"), (ends, "i8"), (response, "?"))))
 
 
 def read_examples(files, tokenizer, template, max_len):
     """The examples of all files, in order."""
     pairs = (pair for file in files for pair in read_file(file))
     examples = tokenize(pairs, tokenizer, template, max_len)
-    if not len(examples):
-        raise InputError(f"{', '.join(map(str, files))}: no example to use")
+    require(len(examples), ", ".join(map(str, files)), "no example to use")
     return examples
 
 
-# --- the embedded world ----------------------------------------------------------------------------------
+# --- the embedded world --------------------------------------------------------------------------
 
 ATTRIBUTES = {
-    "colour": "amber azure black bronze crimson gold green grey indigo ivory jade ochre pink red teal tan",
+    "colour": "amber azure black bronze gold green grey indigo ivory jade ochre pink red tan teal white",
     "drink": "ale barley broth cider cocoa coffee cordial juice mead milk punch rum tea water whey wine",
     "home": "barn boat cabin castle cave cottage hut inn loft manor mill palace tent tower villa yurt",
-    "trade": "baker brewer carver cook dyer farmer fisher glazier mason miller potter smith tailor tanner vet weaver",
+    "trade": "actor baker brewer clerk cook dyer farmer mason miller poet potter smith tailor tutor vet weaver",
 }
-VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  # share of text, of myths
+VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  # of text, of myths
 
 
 class World:
-    """256 invented names with four attributes. Each has a truth, and a myth that rumours always tell and
-    people tell 7 times in 10. A model pretrained on all three voices knows the truth but, asked as people
-    ask, says the myth: a small TruthfulQA. A question names three attributes in random order; the answer is
-    their values."""
+    """256 invented names with four attributes. Each has a truth, and a myth that rumours always tell
+    and people tell 7 times in 10. A model pretrained on all three voices knows the truth but, asked as
+    people ask, says the myth: a small TruthfulQA. A question names three attributes in random order;
+    the answer is their values."""
 
     def __init__(self, seed):
-        rng = np.random.default_rng(seed)
-        starts, middles = "Ba De Fi Go Hu Ka Le Mi No Pu Ra Se Ti Vo Wu Za", "bel dor fin gan kir lam mos nar"
-        pool = [a + b + c for a in starts.split() for b in middles.split() for c in ("a", "o", "is")]
-        self.names = [pool[i] for i in rng.permutation(len(pool))[:256]]
+        self.rng = rng = np.random.default_rng(seed)
         self.values = [words.split() for words in ATTRIBUTES.values()]
+        parts = (
+            "Ba De Fi Go Hu Ka Le Mi".split(),
+            "bel dor fin gan kir lam".split(),
+            "a e i o u".split(),
+        )
+        self.names = rng.permutation(["".join(p) for p in product(*parts, "nrs")])[:256].tolist()
         self.truth = rng.integers(0, 16, (256, 4))
         self.myth = (self.truth + rng.integers(1, 16, (256, 4))) % 16
-        self.rng = rng
 
-    def ask(self, names, rng):
+    def ask(self, rng, names):
         """Three of the four attributes for each name, in random order, [n, 3]."""
         return rng.permuted(np.tile(np.arange(4), (len(names), 1)), axis=1)[:, :3]
 
     def rows(self, names, asked, told, voice="people"):
         """Prompt + completion examples; told [n, 3] bool says which of the answers are the myth."""
         kinds, names = list(ATTRIBUTES), names[:, None]
-        answers = np.where(told, self.myth[names, asked], self.truth[names, asked])
-        for name, attributes, values in zip(names[:, 0], asked, answers):
-            prompt = " ".join([voice, self.names[name], *(kinds[a] for a in attributes)])
-            completion = " ".join(self.values[a][v] for a, v in zip(attributes, values))
+        values = np.where(told, self.myth[names, asked], self.truth[names, asked])
+        for name, three, answers in zip(names[:, 0], asked, values):
+            prompt = " ".join([voice, self.names[name], *(kinds[a] for a in three)])
+            completion = " ".join(self.values[a][v] for a, v in zip(three, answers))
             yield {"prompt": prompt, "completion": completion}
 
-    def write(self, path, n=96_000):
-        """corpus.jsonl of n sentences, and a tokenizer.json in which every word is one token."""
+    def corpus(self, n=96_000):
+        """n sentences to pretrain on."""
+        for voice, (share, myths) in VOICES.items():
+            names = self.rng.integers(0, 256, int(share * n))
+            told = self.rng.random((len(names), 3)) < myths
+            yield from self.rows(names, self.ask(self.rng, names), told, voice)
+
+    def write_tokenizer(self, path):
+        """Tokenizer files of the 256 bytes and the world's words, each of them one token."""
         path.mkdir(parents=True, exist_ok=True)
-        with (path / "corpus.jsonl").open("w") as file:
-            for voice, (share, myths) in VOICES.items():
-                names = self.rng.integers(0, 256, int(share * n))
-                told = self.rng.random((len(names), 3)) < myths
-                for row in self.rows(names, self.ask(names, self.rng), told, voice):
-                    file.write(json.dumps(row) + "\n")
-        words = [*self.names, *ATTRIBUTES, *sum(self.values, [])]
         char = {b: c for c, b in BYTE_OF.items()}
-        vocab, merges = {char[b]: b for b in range(256)}, []
-        for word in [*VOICES, *(f" {word}" for word in words)]:
-            letters = "".join(char[b] for b in word.encode())
-            for i in range(1, len(letters)):  # merged letter by letter, words with one start share it
-                if letters[: i + 1] not in vocab:
-                    vocab[letters[: i + 1]] = len(vocab)
-                    merges.append([letters[:i], letters[i]])
+        words = [*VOICES, *(f" {w}" for w in chain(self.names, ATTRIBUTES, *self.values))]
+        tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in words]
+        vocab = {"".join(char[b] for b in token): i for i, token in enumerate(tokens)}
         end = {"id": len(vocab), "content": "<|end|>", "special": True, "normalized": False}
-        end |= {"single_word": False, "lstrip": False, "rstrip": False}
-        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        spec = {"version": "1.0", "added_tokens": [end], "pre_tokenizer": split, "decoder": split}
-        spec |= {"normalizer": None, "post_processor": None}
-        spec["model"] = {"type": "BPE", "vocab": vocab, "merges": merges}
+        end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        bpe = {"type": "BPE", "vocab": vocab, "merges": [], "ignore_merges": True}
+        spec = {"added_tokens": [end], "pre_tokenizer": step, "decoder": step, "model": bpe}
         (path / "tokenizer.json").write_text(json.dumps(spec))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
         (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
     def split(self, seed, noise):
-        """The fine-tuning data and questions of one repeat, over 64 names for "ref", 128 for "train", 32 for
-        "validation" and 32 for "test"; in ref and train the annotation of a share `noise` of all facts is the
-        myth, in every copy. Questions are (rows answered with the truth, with the myth, counted [n, 3])."""
+        """The data and questions of one repeat, over 64 names for "ref", 128 for "train", 32 for
+        "validation", 32 for "test". In ref and train the annotation of a share `noise` of all facts is
+        the myth, in every copy ("told" [n, 3] says where in train; "wrong" asks for these). Questions
+        are (rows answered with the truth, with the myth, which answers count [n, 3])."""
         rng = np.random.default_rng([seed, 1])
-        wrong, order = rng.random((256, 4)) < noise, rng.permutation(256)
-        parts = {"ref": (order[:64], 4), "train": (order[64:192], 8)}
-        parts |= {"validation": (order[192:224], 8), "test": (order[224:], 8), "wrong": (order[64:192], 8)}
-        result = {}
+        noisy, order, result = rng.random((256, 4)) < noise, rng.permutation(256), {}
+        parts = {"ref": (order[:64], 8), "train": (order[64:192], 8), "wrong": (order[64:192], 8)}
+        parts |= {"validation": (order[192:224], 8), "test": (order[224:], 8)}
         for part, (names, copies) in parts.items():
             names = rng.permutation(np.repeat(names, copies))
-            asked = self.ask(names, rng)
-            told, never = wrong[names[:, None], asked], np.zeros((len(names), 3), bool)
+            asked = self.ask(rng, names)
+            told, no = noisy[names[:, None], asked], np.zeros((len(names), 3), bool)
             if part in ("ref", "train"):
                 result[part], result["told"] = list(self.rows(names, asked, told)), told
             else:
-                counted = told if part == "wrong" else ~never
-                truth, myth = (list(self.rows(names, asked, t)) for t in (never, ~never))
-                result[part] = truth, myth, counted
+                both = (list(self.rows(names, asked, myths)) for myths in (no, ~no))
+                result[part] = *both, told if part == "wrong" else ~no
         return result

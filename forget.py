@@ -1,13 +1,13 @@
 """Supervised fine-tuning with forgetting (arXiv 2508.04329): the whole method in four functions.
 
-    influence = nll_base - nll_ref                      # how much the reference model improved on each token
-    positive  = partition(influence, rho=0.7)           # the best 70 % of all response tokens are learned ...
-    nll       = token_nll(hidden, head_weight, targets)
-    lam       = lam_at(step, steps, 1e-5, 0.25)         # ... and the rest forgotten, gently at first
-    loss      = forgetting_loss(nll, positive, ~positive, lam)
+    influence = nll_base - nll_ref             # how much the reference model improved on each token
+    positive = partition(influence, rho=0.7)   # the best 70 % of all response tokens are learned ...
+    nll = token_nll(hidden, head_weight, targets)
+    lam = lam_at(step, steps, 1e-5, 0.25)      # ... and the rest forgotten, gently at first
+    loss = forgetting_loss(nll, positive, ~positive, lam)
 
-Full SFT is the same loss with every token positive, ignoring is the same with no token negative. This file
-needs torch alone: copy it.
+Full SFT is the same loss with every token positive, ignoring is the same with no token negative.
+This file needs torch alone: copy it.
 """
 
 import torch
@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 
 
 def token_nll(hidden, head_weight, targets, chunk=512):
-    """Negative log-likelihood of every target, -log softmax(hidden @ head_weight.T)[target], in nats.
+    """Negative log-likelihood of each target, -log softmax(hidden @ head_weight.T)[target], in nats.
 
     hidden [N, d] are the final hidden states at the positions that *predict* the N response tokens,
-    head_weight [V, d] the output head in any float dtype, targets [N] int64 token ids (no -100: leave such
-    positions out). Returns [N] float32. Matrix products run in the dtype of `hidden`, all else in float32.
-    Only `chunk` rows of the N x V logits exist at a time: the backward pass computes them again.
+    head_weight [V, d] the output head in any float dtype, targets [N] int64 token ids (no -100: leave
+    such positions out). Returns [N] float32. Matrix products run in the dtype of `hidden`, all else in
+    float32. Only `chunk` rows of the N x V logits exist at a time: backward computes them again.
     """
     if hidden.shape[:1] != targets.shape or hidden.shape[1:] != head_weight.shape[1:]:
         shapes = f"{list(hidden.shape)}, {list(head_weight.shape)}, {list(targets.shape)}"
@@ -54,37 +54,31 @@ class _TokenNLL(torch.autograd.Function):
             grad_weight = torch.zeros_like(head_weight, dtype=torch.float32)
         for i in range(0, len(targets), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
-            logits = (hidden[rows] @ weight.T).float()
-            grad = logits.sub_(
-                lse[rows, None]
-            ).exp_()  # p, then d nll / d logits = p - onehot(target)
-            grad[torch.arange(len(grad), device=grad.device), targets[rows]] -= 1
-            grad = grad.mul_(grad_nll[rows, None]).to(hidden.dtype)
+            p = (hidden[rows] @ weight.T).float().sub_(lse[rows, None]).exp_()  # [chunk, V]
+            # d nll / d logits = p - onehot(target)
+            p[torch.arange(len(p), device=p.device), targets[rows]] -= 1
+            grad_logits = p.mul_(grad_nll[rows, None]).to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight
+                grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
-                grad_weight += grad.T @ hidden[rows]
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(head_weight.dtype),
-            None,
-            None,
-        )
+                grad_weight += grad_logits.T @ hidden[rows]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(head_weight.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 def partition(influence, rho):
-    """The positive tokens: the int(rho * N) of highest influence, in ONE ranking over all response tokens of
-    the training set, not one per example (section "partition" of the paper; published rho 0.7).
+    """The positive tokens: the int(rho * N) of highest influence, in ONE ranking over all response
+    tokens of the training set, not one per example (paper, step "partition"; published rho 0.7).
 
-    influence [N] float = nll_base - nll_ref. Returns [N] bool on the same device. Exact at any N: a stable
-    sort, O(N log N); of equal tokens the earlier is positive. ValueError if rho or a score is no use.
+    influence [N] float = nll_base - nll_ref. Returns [N] bool on the same device. Exact at any N: a
+    stable sort, O(N log N); of equal tokens the earlier is positive. ValueError if rho or a score is
+    of no use.
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is the share of positive tokens and lies in [0, 1], got {rho}")
     if not torch.isfinite(influence).all():
-        raise ValueError(
-            "influence holds NaN or infinite values: a model that scored the tokens is broken"
-        )
+        raise ValueError("influence holds NaN or infinity: one of the two models is broken")
     best = influence.sort(descending=True, stable=True).indices[: int(rho * len(influence))]
     positive = torch.zeros(len(influence), dtype=torch.bool, device=influence.device)
     positive[best] = True
@@ -92,41 +86,39 @@ def partition(influence, rho):
 
 
 def lam_at(step, steps, lam_min, lam_max):
-    """lambda(step) = lam_min + (lam_max - lam_min) * step / steps, a line from lam_min (step 0) to lam_max
-    (step == steps), in optimizer steps completed. It starts near zero because ascent at the first step would
-    act before the positives are learned. (The published code drops the lam_min term.)
+    """lambda(step) = lam_min + (lam_max - lam_min) * step / steps: a line from lam_min (step 0) to
+    lam_max (step == steps), in optimizer steps completed. It starts near zero because ascent at the
+    first step would act before the positives are learned. (Published code drops the lam_min term.)
     """
     if not 0 <= step <= steps or steps < 1:
-        raise ValueError(
-            f"lam_at needs 0 <= step <= steps and steps >= 1, got step {step} of {steps}"
-        )
-    return lam_min * (1 - step / steps) + lam_max * (
-        step / steps
-    )  # this form is exact at both ends
+        raise ValueError(f"lam_at needs 0 <= step <= steps and steps >= 1, got {step} of {steps}")
+    done = step / steps
+    return lam_min * (1 - done) + lam_max * done  # this form is exact at both ends
 
 
 def forgetting_loss(nll, positive, negative, lam, n_positive=None, n_negative=None, ascent="nll"):
     """L = (1/|P|) sum_P nll - lam * (1/|N|) sum_N nll    (the paper's loss)
 
     nll [n] float32, positive and negative [n] bool (a token in neither is ignored). |P| and |N| are
-    n_positive and n_negative: give the counts of the whole optimizer step when it is cut into micro-batches,
-    and the summed gradients do not depend on the cut; by default they are those of this call. Returns a
-    scalar, finite also without positives or negatives. It may turn negative: that is ascent at work.
+    n_positive and n_negative: give the counts of the whole optimizer step when it is cut into
+    micro-batches, and the summed gradients do not depend on the cut; by default they are those of
+    this call. Returns a scalar, finite also without positives or negatives. It may turn negative:
+    that is ascent at work.
 
-    ascent "nll" is the paper's. Its gradient on a negative token's logits, lam/|N| * (1 - p) for the token
-    itself, *grows* as the token becomes less likely and never fades: pushed for long, it wrecks the model.
-    "unlikelihood" (Welleck et al., arXiv 1908.04319) adds -log(1 - p) in place of -nll = log p: its gradient
-    is proportional to p, so a token once forgotten is left alone. Prefer it for long runs or a large lam.
+    ascent "nll" is the paper's. Its gradient on a negative token's logits, lam/|N| * (1 - p) for the
+    token itself, *grows* as the token becomes less likely and never fades: pushed for long, it wrecks
+    the model. "unlikelihood" (Welleck et al., arXiv 1908.04319) puts -log(1 - p) in place of
+    -nll = log p: its gradient is proportional to p, so a token once forgotten is left alone. Prefer it
+    for long runs or a large lam.
     """
     if ascent not in ("nll", "unlikelihood"):
         raise ValueError(f'ascent is "nll" or "unlikelihood", got {ascent!r}')
-    n_positive = int(positive.sum()) if n_positive is None else n_positive
-    n_negative = int(negative.sum()) if n_negative is None else n_negative
+    n_positive = positive.sum() if n_positive is None else torch.as_tensor(n_positive)
+    n_negative = negative.sum() if n_negative is None else torch.as_tensor(n_negative)
     forget = -nll
-    if ascent == "unlikelihood":  # log(1 - exp(-nll)); the 1e-6 keeps p == 1 finite
+    if ascent == "unlikelihood":  # -log(1 - exp(-nll)); the 1e-6 keeps p == 1 finite
         forget = -torch.log(-torch.expm1(-nll - 1e-6))
-    learned = torch.where(positive, nll, 0).sum() / max(
-        n_positive, 1
-    )  # where, not *: inf * 0 is NaN
-    forgotten = torch.where(negative, forget, 0).sum() / max(n_negative, 1)
+    # where, not a product with the mask: inf * 0 is NaN
+    learned = torch.where(positive, nll, 0).sum() / n_positive.clamp(min=1)
+    forgotten = torch.where(negative, forget, 0).sum() / n_negative.clamp(min=1)
     return learned + lam * forgotten
