@@ -11,7 +11,8 @@ This file needs torch alone: copy it.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def token_nll(hidden, head_weight, targets, chunk=512):
@@ -25,46 +26,16 @@ def token_nll(hidden, head_weight, targets, chunk=512):
     if hidden.shape[:1] != targets.shape or hidden.shape[1:] != head_weight.shape[1:]:
         shapes = f"{list(hidden.shape)}, {list(head_weight.shape)}, {list(targets.shape)}"
         raise ValueError(f"token_nll: expected shapes [N, d], [V, d], [N], got {shapes}")
-    return _TokenNLL.apply(hidden, head_weight, targets, chunk)
+    # a head that trains sums its gradient over chunks: in float32, whatever its dtype
+    weight = head_weight.float() if head_weight.requires_grad else head_weight
 
+    def chunk_nll(hidden, targets):
+        logits = hidden @ weight.to(hidden.dtype).T  # [chunk, V]
+        return F.cross_entropy(logits.float(), targets, reduction="none")
 
-class _TokenNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head_weight, targets, chunk):
-        weight = head_weight.to(hidden.dtype)
-        nll, lse = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
-        with torch.autocast(hidden.device.type, enabled=False):  # backward must see the same logits
-            for i in range(0, len(targets), chunk):
-                rows = slice(i, i + chunk)
-                logits = (hidden[rows] @ weight.T).float()  # [chunk, V]
-                lse[rows] = logits.logsumexp(-1)
-                nll[rows] = lse[rows] - logits.gather(1, targets[rows, None])[:, 0]
-        ctx.save_for_backward(hidden, head_weight, targets, lse)
-        ctx.chunk = chunk
-        return nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_nll):
-        hidden, head_weight, targets, lse = ctx.saved_tensors
-        weight = head_weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:  # summed over chunks, so in float32 whatever the weight's dtype
-            grad_weight = torch.zeros_like(head_weight, dtype=torch.float32)
-        for i in range(0, len(targets), ctx.chunk):
-            rows = slice(i, i + ctx.chunk)
-            p = (hidden[rows] @ weight.T).float().sub_(lse[rows, None]).exp_()  # [chunk, V]
-            # d nll / d logits = p - onehot(target)
-            p[torch.arange(len(p), device=p.device), targets[rows]] -= 1
-            grad_logits = p.mul_(grad_nll[rows, None]).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(head_weight.dtype)
-        return grad_hidden, grad_weight, None, None
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    recompute = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(chunk_nll, h, t, **recompute) for h, t in chunks])
 
 
 def partition(influence, rho):
