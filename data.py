@@ -46,9 +46,8 @@ class Tokenizer:
     token stays text; control tokens are put in by id, `control["<|im_end|>"]`."""
 
     def __init__(self, ranks, split, control, nfc=False, add_bos=False, bos=None, eos=None):
-        self.bpe = tiktoken.Encoding(
-            "", pat_str=split, mergeable_ranks=ranks, special_tokens=control
-        )
+        names = {"pat_str": split, "mergeable_ranks": ranks, "special_tokens": control}
+        self.bpe = tiktoken.Encoding("", **names)
         self.control, self.nfc, self.add_bos = control, nfc, add_bos
         self.bos_id, self.eos_id, self.vocab_size = bos, eos, self.bpe.n_vocab
         # Bytes that the vocabulary lacks (SmolLM2: some controls, and the first of planes 4 to 11)
@@ -58,12 +57,13 @@ class Tokenizer:
         for byte, planes in ((0xF1, "\U00040000-\U0007ffff"), (0xF2, "\U00080000-\U000bffff")):
             lone += planes * (byte in self.lacking)
         other = r"(?:[^\w\s]|[_\x1c-\x1f])*"
-        self.lossy = re.compile(rf"( ?{other}[{lone}]{other})" if lone else "($.)")
+        space = r"(?:[^\S \x1c-\x1f](?! ))?"  # one that the pattern would cut off
+        self.lossy = re.compile(rf"({space})( ?{other}[{lone}]{other})" if lone else "()($.)")
 
     def encode(self, text):
         text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
         for i, part in enumerate(self.lossy.split(text)):
-            if i % 2 == 0:
+            if i % 3 < 2:
                 ids += self.bpe.encode_ordinary(part)
             elif piece := part.encode().translate(None, self.lacking):
                 ids += self.bpe._encode_single_piece(piece)
@@ -104,9 +104,7 @@ def read_bpe(spec, file):
     bpe, normal, split = spec.get("model") or {}, steps("normalizer"), steps("pre_tokenizer")
     odd = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
     odd = [key for key in odd if bpe.get(key)]
-    exact(
-        bpe.get("type") == "BPE" and not odd, f"model {bpe.get('type')} {odd} (not byte-level BPE)"
-    )
+    exact(bpe.get("type") == "BPE" and not odd, f"model {bpe.get('type')} {odd}")
     exact([s["type"] for s in normal] in ([], ["NFC"]), f"normalizer {normal}")
     first, last = split[0] if split else {}, split[-1] if split else {}
     kind = *(s["type"] for s in split), last.get("use_regex", True)
@@ -116,9 +114,9 @@ def read_bpe(spec, file):
     known |= {("Split", "ByteLevel", False): own and own.get("Regex")}
     exact(known.get(kind) and not last.get("add_prefix_space"), f"pre_tokenizer {split}")
     added = spec.get("added_tokens", [])
-    for text, special in ((t["content"], t.get("special")) for t in added):
-        # one that may stand in ordinary text would change its ids
-        exact(special or text[0] + text[-1] == "<>", f"added token {text!r}")
+    for token in added:  # one that may stand in ordinary text would change its ids
+        text = token["content"]
+        exact(token.get("special") or text[0] + text[-1] == "<>", f"added token {text!r}")
     control, ranks = {t["content"]: t["id"] for t in added}, {}
     for token, i in bpe["vocab"].items():
         if token not in control:
@@ -134,7 +132,7 @@ def read_bpe(spec, file):
         cut = any(token[:k] in made and token[k:] in made for k in range(1, len(token)))
         exact(bpe.get("ignore_merges") and not cut, f"token {token!r} that no merge makes")
     for b in [*range(0x80), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
-        may_lack = (b < 0x20 and not chr(b).isspace() or b in (0xF1, 0xF2)) and not own
+        may_lack = (b < 0x20 and b not in b"\t\n\v\f\r" or b in (0xF1, 0xF2)) and not own
         exact(bytes([b]) in ranks or may_lack, f"a vocabulary without byte {b:#x}")
     shapes = [[next(iter(p)) for p in s.get("single", [])] for s in steps("post_processor")]
     with_bos = ["SpecialToken", "Sequence"]
@@ -323,7 +321,7 @@ ATTRIBUTES = {
     "colour": "amber azure black bronze gold green grey indigo ivory jade ochre pink red tan teal white",
     "drink": "ale barley broth cider cocoa coffee cordial juice mead milk punch rum tea water whey wine",
     "home": "barn boat cabin castle cave cottage hut inn loft manor mill palace tent tower villa yurt",
-    "trade": "actor baker brewer clerk cook dyer farmer mason miller poet potter smith tailor tutor vet weaver",
+    "trade": "actor baker brewer clerk cook dyer mason miller nun poet potter smith spy tailor vet weaver",
 }
 VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  # of text, of myths
 
@@ -389,7 +387,7 @@ class World:
         are (rows answered with the truth, with the myth, which answers count [n, 3])."""
         rng = np.random.default_rng([seed, 1])
         noisy, order, result = rng.random((256, 4)) < noise, rng.permutation(256), {}
-        parts = {"ref": (order[:64], 8), "train": (order[64:192], 8), "wrong": (order[64:192], 8)}
+        parts = {"ref": (order[:64], 4), "train": (order[64:192], 8), "wrong": (order[64:192], 8)}
         parts |= {"validation": (order[192:224], 8), "test": (order[224:], 8)}
         for part, (names, copies) in parts.items():
             names = rng.permutation(np.repeat(names, copies))

@@ -29,7 +29,8 @@ def opt(default, text, *allowed):
 
 def parse_settings(kind, argv, description, special=()):
     """What the command line gives of the dataclass `kind`, {name: value}; --help is made from it."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    usage = "%(prog)s [--help] [--setting value ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for f in fields(kind):
         allowed, how = f.metadata["allowed"], {"type": f.type}
@@ -138,6 +139,13 @@ def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, seed=
 
 
 # --- tasks ---------------------------------------------------------------------------------------
+
+
+def auc(higher, lower):
+    """The probability that a value of `higher` exceeds one of `lower`, ties by half (ROC area)."""
+    lower = np.sort(lower)
+    below = sum(np.searchsorted(lower, higher, side).mean() for side in ("left", "right")) / 2
+    return float(below / len(lower))
 
 
 def quiz(model, tokenizer, truth, myth, counted, seed=0):

@@ -13,6 +13,7 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import TEMPLATES, Examples, Tokenizer, World, read_examples, tokenize
-from eval import exit_status, opt, parse_settings, pick, quiz, response_nll
+from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
+from eval import auc, exit_status, opt, parse_settings, pick, quiz, response_nll
 from forget import forgetting_loss, lam_at, partition
 from model import Transformer, read_config, read_json, require
 
@@ -43,7 +44,6 @@ class Settings:
     lr: float = opt(1e-4, "peak learning rate", 0, 1e6)
     warmup: float = opt(0.03, "share of the steps in which lr rises", 0, 1)
     weight_decay: float = opt(0.0, "AdamW weight decay, per step and lr", 0, 1e6)
-    # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
     grad_clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", 0, 1e6)
     batch_size: int = opt(24, "sequences per optimizer step", 1, 10**9)
     micro_tokens: int = opt(2048, "most tokens, with padding, in one forward pass", 1, 10**9)
@@ -62,14 +62,10 @@ class Settings:
 
 # What the embedded world sets otherwise; values on the command line win. Its learning rates were chosen
 # by `python tests/sweep.py lr` on worlds and names that no result is reported on (README).
-WORLD = {
-    "methods": ["sft", "ignore", "forget"],
-    "lora_rank": 0,
-    "batch_size": 16,
-    "dtype": "float32",
-}
-WORLD_LR = {"ref": 8e-4, "sft": 8e-4, "ignore": 8e-4, "forget": 4e-4}
-WORLD_BASE = {"lora_rank": 0, "lr": 3e-3, "warmup": 0.1, "batch_size": 128}
+WORLD = {"methods": ["sft", "ignore", "forget"], "lora_rank": 0, "batch_size": 16}
+WORLD |= {"dtype": "float32"}
+WORLD_LR = {"ref": 1.6e-3, "sft": 8e-4, "ignore": 8e-4, "forget": 4e-4}
+WORLD_BASE = {"lr": 3e-3, "warmup": 0.1, "weight_decay": 1.0, "batch_size": 128}
 WORLD_MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384}
 WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
 
@@ -77,28 +73,33 @@ WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embe
 class Log:
     """log.jsonl, one object a step, and progress: a line that moves on a terminal, else one in 10 s."""
 
+    seconds = Counter()  # of each stage, in this process
+
     def __init__(self, file, stage, steps):
         self.file, self.stage, self.steps = file, stage, steps
         self.begun, self.shown = time.perf_counter(), 0.0
-        old = file.read_text().splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in old if json.loads(line)["stage"] != stage]
-        file.write_text("".join(kept))  # a stage that was interrupted starts again
+        kept = [record for record in read_log(file) if record["stage"] != stage]
+        file.write_text("".join(json.dumps(r) + "\n" for r in kept))  # the stage starts (again)
 
     def write(self, record):
         with self.file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
-        names = {"loss": "loss", "pos_nll": "P", "neg_nll": "N", "lam": "lam", "grad_norm": "norm"}
-        text = "  ".join(f"{short} {record[name]:.3f}" for name, short in names.items())
-        self.show(record["step"], f"{text}  {record['tokens_per_s']:.0f} tok/s")
+        text = "loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll:.3f}  lam {lam:.3f}  "
+        text += "norm {grad_norm:.2f}  {tokens_per_s:.0f} tok/s"
+        self.show(record["step"], text.format(**record))
 
     def show(self, step, text=""):
         now, live, last = time.perf_counter(), sys.stdout.isatty(), step == self.steps
+        self.seconds[self.stage] += (now - self.begun) * last
         if last or now - self.shown > (0.2 if live else 10):
-            self.shown = now
-            left = (now - self.begun) / step * (self.steps - step)
+            self.shown, left = now, (now - self.begun) / step * (self.steps - step)
             line = f"{self.stage:6s} {step}/{self.steps}  {text}  {left:.0f} s left"
-            line, end = f"\r\033[K{line}" if live else line, "" if live and not last else "\n"
-            print(line, end=end, flush=True)
+            start, end = ("\r\033[K", "\n" if last else "") if live else ("", "\n")
+            print(start + line, end=end, flush=True)
+
+
+def read_log(file):
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def lr_at(step, steps, lr, warmup):
@@ -109,11 +110,11 @@ def lr_at(step, steps, lr, warmup):
 
 def step_rows(n, batch_size, steps, seed):
     """The rows of each optimizer step: a new order in each epoch, whose last step may be short."""
-    epoch = -(-n // batch_size)  # steps
+    per_epoch = math.ceil(n / batch_size)
     for step in range(steps):
-        if step % epoch == 0:
-            order = np.random.default_rng([seed, step // epoch]).permutation(n)
-        yield order[step % epoch * batch_size :][:batch_size]
+        if step % per_epoch == 0:
+            order = np.random.default_rng([seed, step // per_epoch]).permutation(n)
+        yield order[step % per_epoch * batch_size :][:batch_size]
 
 
 def train(model, data, positive, negative, s, stage, log_file):
@@ -123,14 +124,12 @@ def train(model, data, positive, negative, s, stage, log_file):
     optimizer = torch.optim.AdamW(params, s.lr, weight_decay=s.weight_decay, fused=True)
     steps = s.epochs * math.ceil(len(data) / s.batch_size)
     steps = min(steps, s.max_steps or steps)
-    lam_max = s.lambda_max if negative.any() else 0.0
-    lam_min = min(s.lambda_min, lam_max)
-    print(
-        f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples ({len(data.tokens):,} "
-        f"tokens, {int(positive.sum()):,} positive, {int(negative.sum()):,} negative), lr {s.lr:g}, lam "
-        f"{lam_min:g} to {lam_max:g}, {sum(p.numel() for p in params):,} parameters, about "
-        f"{peak_gb(model, params, s.micro_tokens):.1f} GB"
-    )
+    lam_min, lam_max = (s.lambda_min, s.lambda_max) if negative.any() else (0.0, 0.0)
+    n_pos, n_neg, n_params = positive.sum(), negative.sum(), sum(p.numel() for p in params)
+    print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
+    print(f"  {n_pos:,} positive, {n_neg:,} negative tokens, lam {lam_min:g} to {lam_max:g}")
+    gigabytes = peak_gb(model, params, s.micro_tokens)
+    print(f"  {n_params:,} parameters are trained; memory about {gigabytes:.1f} GB at the peak")
     torch.manual_seed(s.seed)  # dropout
     model.train()
     log = Log(log_file, stage, steps)
@@ -147,27 +146,21 @@ def train(model, data, positive, negative, s, stage, log_file):
             loss = forgetting_loss(nll, pos, neg, lam, n_pos, n_neg, s.ascent)
             loss.backward()
             totals += torch.stack([loss, (nll * pos).sum(), (nll * neg).sum()]).detach()
+        # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
         optimizer.param_groups[0]["lr"] = lr = lr_at(step, steps, s.lr, s.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss, pos_nll, neg_nll, norm = [*totals.tolist(), float(grad_norm)]
+        loss, pos_nll, neg_nll, norm = *totals.tolist(), float(grad_norm)
         pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / max(n_neg, 1)
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(
-                f"{stage}, step {step + 1}/{steps}: loss {loss}, gradient norm {norm}, nll {pos_nll} on "
-                f"P and {neg_nll} on N: lower --lr{' or --lambda_max' if n_neg else ''}, then run again"
-            )
+            state = f"loss {loss}, nll {pos_nll} on P, {neg_nll} on N, gradient norm {norm}"
+            lower = "--lr or --lambda_max" if n_neg else "--lr"
+            raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {state}: lower {lower}")
         seconds, tokens = time.perf_counter() - begun, sum(b.n_tokens for b in batches)
-        record = {
-            "stage": stage,
-            "step": step + 1,
-            "steps": steps,
-            "loss": loss,
-            "pos_nll": pos_nll,
-        }
-        record |= {"neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm, "n_pos": n_pos}
-        record |= {"n_neg": n_neg, "tokens": tokens, "seconds": seconds}
+        record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
+        record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
+        record |= {"n_pos": n_pos, "n_neg": n_neg, "tokens": tokens, "seconds": seconds}
         log.write(record | {"tokens_per_s": tokens / seconds, "mfu": None})
     model.eval()
 
@@ -206,7 +199,7 @@ def tune(s, stage, start, data, positive, negative, out):
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     if stage == "ref" and s.lora_rank:
-        adapter = {k: v.contiguous() for k, v in model.state_dict().items() if "lora_" in k}
+        adapter = {k: v for k, v in model.state_dict().items() if "lora_" in k}
         save_file(adapter, path / "adapter.safetensors")
     else:
         model.merge_lora().to(model.dtype).save_pretrained(path)
@@ -236,141 +229,137 @@ def score(s, base_path, data, out):
     return nll_base, nll_ref
 
 
-def pipeline(s, base, train_data, ref_data, out, rates=None):
-    """The method: reference -> score -> partition -> fine-tune `base` by each method, with a learning
-    rate for each stage if `rates` has one. Returns the arrays of scores.safetensors."""
+def pipeline(s, base, data, ref_data, out, rates=None):
+    """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method, with a
+    learning rate for each stage if `rates` has one. Returns the arrays of scores.safetensors."""
     out.mkdir(parents=True, exist_ok=True)
-    settings = {k: replace(s, lr=(rates or {}).get(k, s.lr)) for k in ("ref", *s.methods)}
+    at_rate = {k: replace(s, lr=(rates or {}).get(k, s.lr)) for k in ("ref", *s.methods)}
     response = torch.from_numpy(ref_data.response)
-    tune(settings["ref"], "ref", base, ref_data, response, torch.zeros_like(response), out)
-    response, file = torch.from_numpy(train_data.response), out / "scores.safetensors"
+    tune(at_rate["ref"], "ref", base, ref_data, response, torch.zeros_like(response), out)
+    response, file = torch.from_numpy(data.response), out / "scores.safetensors"
     if not file.exists():
-        nll_base, nll_ref = score(s, base, train_data, out)
+        nll_base, nll_ref = score(s, base, data, out)
         influence, positive = (nll_base - nll_ref)[response], torch.zeros_like(response)
         positive[response] = best = partition(influence, s.rho)
         threshold = float(influence[best].min()) if best.any() else math.inf
-        arrays = {k: torch.from_numpy(v) for k, v in vars(train_data).items()}
-        arrays |= {"nll_base": nll_base, "nll_ref": nll_ref, "positive": positive}
-        arrays = {k: v.to(torch.uint8) if v.dtype == torch.bool else v for k, v in arrays.items()}
-        save_file(arrays, out / "scores.tmp", {"rho": str(s.rho), "threshold": str(threshold)})
+        arrays = {"nll_base": nll_base, "nll_ref": nll_ref, "positive": positive.byte()}
+        for name in ("tokens", "offsets", "response"):
+            arrays[name] = torch.from_numpy(getattr(data, name))
+        facts = {"rho": str(s.rho), "threshold": str(threshold)}
+        save_file(arrays | {"response": response.byte()}, out / "scores.tmp", facts)
         (out / "scores.tmp").rename(file)
     scores = load_file(file)
-    positive = scores["positive"] > 0
-    nothing, negative = torch.zeros_like(response), response & ~positive
-    masks = {
-        "sft": (response, nothing),
-        "ignore": (positive, nothing),
-        "forget": (positive, negative),
-    }
+    positive = scores["positive"].bool()
     for method in s.methods:
-        tune(settings[method], method, base, train_data, *masks[method], out)
+        learned = response if method == "sft" else positive
+        forgotten = response & ~positive & (method == "forget")
+        tune(at_rate[method], method, base, data, learned, forgotten, out)
     return scores
 
 
-def real(s, out):
-    """The pipeline on the user's model and data. Returns {row: {metric: value}}."""
+def real_run(s, out):
+    """The pipeline on the user's model and data: {row: {metric: value}}."""
     tokenizer = Tokenizer.from_pretrained(s.model)
     size = read_config(read_json(Path(s.model, "config.json")), s.model).vocab_size
-    require(
-        tokenizer.vocab_size <= size,
-        s.model,
-        f"{tokenizer.vocab_size} tokens, but the model has {size}",
-    )
+    vocab = tokenizer.vocab_size
+    require(vocab <= size, s.model, f"{vocab} tokens in the tokenizer, but {size} in the model")
     data = read_examples(s.data, tokenizer, s.template, s.max_len)
+    n, order = len(data), np.random.default_rng(s.seed).permutation(len(data))
+    cut, most = round(s.ref_fraction * n), s.max_steps * s.batch_size or n
     if s.ref_data:
-        ref = read_examples(s.ref_data, tokenizer, s.template, s.max_len)
+        ref_data, cut = read_examples(s.ref_data, tokenizer, s.template, s.max_len), 0
     else:
-        order = np.random.default_rng(s.seed).permutation(len(data))
-        cut = round(s.ref_fraction * len(data))
-        require(
-            0 < cut < len(data), "--ref_fraction", f"leaves no example of {len(data)} on one side"
-        )
-        ref, data = data.subset(np.sort(order[:cut])), data.subset(np.sort(order[cut:]))
-    scores = pipeline(s, s.model, data, ref, out)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    positive, response = scores["positive"] > 0, scores["response"] > 0
-    masks = {"nll on P": positive, "nll on N": response & ~positive}
-    table = {
-        row: {k: float(scores[f"nll_{row}"][m].mean()) for k, m in masks.items()}
-        for row in ("base", "ref")
-    }
-    for method in s.methods:  # the mean of the last tenth of its steps
-        last = [r for r in log if r["stage"] == method and r["step"] > 0.9 * r["steps"]]
-        table[method] = {
-            k: float(np.mean([r[n] for r in last]))
-            for k, n in (("nll on P", "pos_nll"), ("nll on N", "neg_nll"))
-        }
+        require(0 < cut < n, "--ref_fraction", f"it splits {n} examples into {cut} and {n - cut}")
+        ref_data = data.subset(np.sort(order[:cut][:most]))
+    data = data.subset(np.sort(order[cut:][:most]))  # no more than max_steps can see, in file order
+    scores, table = pipeline(s, s.model, data, ref_data, out), {}
+    positive, response = scores["positive"].bool(), scores["response"].bool()
+    for row in ("base", "ref"):
+        nll = scores[f"nll_{row}"]
+        means = (float(nll[mask].mean()) for mask in (positive, response & ~positive))
+        table[row] = dict(zip(("nll on P", "nll on N"), means))
+    for method in s.methods:  # as seen in the last tenth of training
+        steps = [r for r in read_log(out / "log.jsonl") if r["stage"] == method]
+        last = steps[-math.ceil(len(steps) / 10) :]
+        table[method] = {"nll on P": float(np.mean([r["pos_nll"] for r in last]))}
+        table[method]["nll on N"] = float(np.mean([r["neg_nll"] for r in last]))
     return table
 
 
 def pretrain(s, world, out):
-    """out/base, which knows the embedded world."""
-    if (out / "base").exists():
-        return
-    world.write_tokenizer(out / "start")
-    tokenizer = Tokenizer.from_pretrained(out / "start")
-    cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
-    Transformer(cfg).init_weights(s.seed).save_pretrained(out / "start")
-    corpus = tokenize(enumerate(world.corpus()), tokenizer, "tulu", s.max_len)
-    response = torch.from_numpy(corpus.response)
-    s = replace(s, **WORLD_BASE)
-    tune(s, "base", out / "start", corpus, response, torch.zeros_like(response), out)
+    """Writes out/base, which knows the embedded world."""
+    if not (out / "base").exists():
+        world.write_tokenizer(out / "start")
+        tokenizer = Tokenizer.from_pretrained(out / "start")
+        cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
+        Transformer(cfg).init_weights(s.seed).save_pretrained(out / "start")
+        corpus = tokenize(enumerate(world.corpus()), tokenizer, s.template, s.max_len)
+        response, s = torch.from_numpy(corpus.response), replace(s, **WORLD_BASE)
+        tune(s, "base", out / "start", corpus, response, torch.zeros_like(response), out)
 
 
 def world_run(s, world, base, out, rates, names="test"):
-    """One run of the pipeline, measured on names that no data set holds and on the wrongly annotated
-    facts: {row: {metric: value}}."""
+    """The pipeline in the embedded world, measured on names that no data set holds and on the wrongly
+    annotated facts: {row: {metric: value}}."""
     tokenizer, sets = Tokenizer.from_pretrained(base), world.split(s.seed, s.noise)
-    data = [
-        tokenize(enumerate(sets[k]), tokenizer, s.template, s.max_len) for k in ("train", "ref")
-    ]
-    scores = pipeline(s, base, *data, out, rates)
-    table = {}
-    for row in ("base", *s.methods):
-        model = load(s, base if row == "base" else out / row)
-        asked = {"unseen": sets[names], "wrong": sets["wrong"]}
-        results = {k: quiz(model, tokenizer, *questions, s.seed) for k, questions in asked.items()}
-        table[row] = {f"{k} {m}": v for k, result in results.items() for m, v in result.items()}
-    response = scores["response"] > 0
-    influence = (scores["nll_base"] - scores["nll_ref"])[response].reshape(-1, 4).numpy()
-    negative = (scores["positive"] == 0)[response].reshape(-1, 4).numpy()
-    told = np.pad(sets["told"], ((0, 0), (0, 1)))  # the end token is never wrong
-    good, bad = influence[~told], np.sort(influence[told])
-    below = sum(np.searchsorted(bad, good, side).mean() for side in ("left", "right")) / 2
-    table["score"] = {
-        "AUC": below / len(bad),
-        "precision": told[negative].mean(),
-        "recall": negative[told].mean(),
-    }
+    parts = (sets["train"], sets["ref"])
+    data, ref_data = (tokenize(enumerate(p), tokenizer, s.template, s.max_len) for p in parts)
+    scores, table = pipeline(s, base, data, ref_data, out, rates), {}
+    for group, questions in (("unseen names", sets[names]), ("wrong facts", sets["wrong"])):
+        for row in ("base", *s.methods):
+            model = load(s, base if row == "base" else out / row)
+            table[f"{row}, {group}"] = quiz(model, tokenizer, *questions, s.seed)
+        if {"ignore", "forget"} <= set(s.methods):
+            a, b = (table[f"{row}, {group}"] for row in ("forget", "ignore"))
+            table[f"forget - ignore, {group}"] = {metric: a[metric] - b[metric] for metric in a}
+    response, told = data.response, np.pad(sets["told"], ((0, 0), (0, 1))).ravel()  # ends are right
+    influence = (scores["nll_base"] - scores["nll_ref"]).numpy()[response]
+    negative = scores["positive"].numpy()[response] == 0
+    found = {"AUC": auc(influence[~told], influence[told]), "precision": told[negative].mean()}
+    table["score, wrong tokens"] = found | {"recall": negative[told].mean()}
     return table
+
+
+def show(tables):
+    """Print the closing table, mean ± standard deviation over runs, and return it."""
+    result, head = {}, []
+    for row, metrics in tables[0].items():
+        if list(metrics) != head:
+            head = list(metrics)
+            print("\n" + " " * 31 + "".join(f"{metric:<16}" for metric in head))
+        line, result[row] = f"{row:<30}", {}
+        for metric in head:
+            runs = [float(table[row][metric]) for table in tables]
+            mean, std = float(np.mean(runs)), float(np.std(runs, ddof=1)) if len(runs) > 1 else None
+            result[row][metric] = {"mean": mean, "std": std, "runs": runs}
+            line += (f"{mean:6.3f}" + (f" ± {std:.3f}" if std is not None else "")).ljust(16)
+        print(line)
+    return result
 
 
 def main(argv):
     given = parse_settings(Settings, argv, __doc__, WORLD)
     s = Settings(**({} if given.get("model") else WORLD) | given)
-    require(
-        s.lambda_min <= s.lambda_max,
-        "--lambda_min",
-        f"{s.lambda_min} is above --lambda_max {s.lambda_max}",
-    )
-    require(
-        bool(s.model) == bool(s.data),
-        "--model and --data",
-        "go together; neither = the embedded world",
-    )
-    out = Path(s.out)
+    require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
+    require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
+    out, settings = Path(s.out), {k: v for k, v in asdict(s).items() if k != "out"}
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "settings.json").exists():
+        kept = read_json(out / "settings.json")
+        differ = {k: kept.get(k) for k, v in settings.items() if kept.get(k) != v}
+        require(not differ, out, f"holds a run with other settings, {differ}: use another --out")
+    (out / "settings.json").write_text(json.dumps(settings))
     if s.model:
-        tables = [real(s, out)]
+        tables = [real_run(s, out)]
     else:
-        world, rates = World(s.seed), {} if "lr" in given else WORLD_LR
+        world, rates, tables = World(s.seed), {} if "lr" in given else WORLD_LR, []
         pretrain(s, world, out)
-        folders = [out, *(out / f"repeat{i}" for i in range(2, s.repeats + 1))]
-        runs = [replace(s, seed=s.seed + i) for i in range(s.repeats)]
-        tables = [
-            world_run(run, world, out / "base", folder, rates) for run, folder in zip(runs, folders)
-        ]
-    print(json.dumps(tables, indent=1))
+        for i in range(s.repeats):
+            run, folder = replace(s, seed=s.seed + i), out / f"repeat{i + 1}" if i else out
+            tables.append(world_run(run, world, out / "base", folder, rates))
+    summary = {"table": show(tables), "settings": settings, "seconds": dict(Log.seconds)}
+    summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":
