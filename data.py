@@ -1,5 +1,5 @@
-"""Text to tokens: a tokenizer out of a Hugging Face checkpoint, instruction files to flat token arrays
-with a response mask, micro-batches, and the embedded world that `python train.py` runs on.
+"""Text to tokens: a tokenizer out of a Hugging Face checkpoint, instruction files to flat token
+arrays with a response mask, micro-batches, and the embedded world that `python train.py` runs on.
 
     tokenizer = Tokenizer.from_pretrained("SmolLM2")
     examples = read_examples(["dolly.jsonl.gz"], tokenizer, template="chatml", max_len=2048)
@@ -26,8 +26,8 @@ from model import InputError, read_json, require
 # --- tokenizer -----------------------------------------------------------------------------------
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 cuts single digits out *before* GPT-2's pattern sees the rest, so white space before a digit
-# ends its piece and stays whole: \s+(?!\S) would leave its last character to the digit.
+# SmolLM2 cuts single digits out *before* GPT-2's pattern sees the rest, so white space before a
+# digit ends its piece and stays whole: \s+(?!\S) would leave its last character to the digit.
 DIGITS_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -74,8 +74,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """From tokenizer.json (byte-level BPE) or Llama 3's tokenizer.model in a checkpoint directory.
-        InputError names whatever could not be reproduced exactly."""
+        """From tokenizer.json (byte-level BPE) or Llama 3's tokenizer.model in a directory. InputError
+        names whatever could not be reproduced exactly."""
         file, llama3 = Path(path, "tokenizer.json"), Path(path, "tokenizer.model")
         require(file.exists() or llama3.exists(), path, "no tokenizer.json or tokenizer.model")
         parts = read_bpe(read_json(file), file) if file.exists() else read_llama3(llama3)
@@ -91,7 +91,7 @@ class Tokenizer:
 
 
 def read_bpe(spec, file):
-    """(ranks, split pattern, control tokens, NFC?, BOS first?) of the content of a tokenizer.json."""
+    """(ranks, split pattern, control tokens, NFC?, BOS first?) of what a tokenizer.json holds."""
 
     def steps(name):  # a normalizer, pre-tokenizer or post-processor may be a Sequence
         part = spec.get(name) or {"type": "Sequence"}
@@ -122,7 +122,7 @@ def read_bpe(spec, file):
         if token not in control:
             exact(all(c in BYTE_OF for c in token), f"token {token!r} (not byte-level)")
             ranks[bytes(BYTE_OF[c] for c in token)] = i
-    # tiktoken takes a piece that is a token whole, else merges neighbours that form one, lowest id first
+    # tiktoken takes a piece whole if it is a token, else merges neighbours to tokens, lowest id first
     pairs = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
     merged = [bpe["vocab"].get(a + b, -1) for a, b in pairs]
     exact(merged == sorted(merged) and -1 not in merged, "merges out of the order of their ids")
@@ -164,9 +164,9 @@ TEMPLATES = {  # what opens a turn, ends it, and follows; parts <|...|> are cont
 
 
 def render(turns, tokenizer, template):
-    """Pieces (text or control id, is_response) of a conversation [(role, content), ...]. Response are
-    the assistant's text and the token that ends its turn. Content None leaves a turn open, to be
-    continued by a model."""
+    """Pieces (text or control id, is_response) of a conversation [(role, content), ...]. Response
+    are the assistant's text and the token that ends its turn. Content None leaves a turn open, to
+    be continued by a model."""
     opening, end, rest = TEMPLATES[template]
 
     def piece(part, role=None):
@@ -201,7 +201,7 @@ FORMATS = ("prompt completion", "instruction input output", "instruction context
 
 
 def example_pieces(example, where, tokenizer, template):
-    """The pieces of one example in any of the accepted forms; InputError says what is wrong with it."""
+    """The pieces of one example in any accepted form; InputError says what is wrong with it."""
     require(isinstance(example, dict), where, f"expected an object, not {type(example).__name__}")
     if "messages" in example:
         messages = example["messages"] if isinstance(example["messages"], list) else [None]
@@ -249,7 +249,7 @@ class Batch(NamedTuple):
     """A padded micro-batch and its N response tokens, each predicted by the position before it."""
 
     tokens: torch.Tensor  # [B, T] int64, padded on the right with 0
-    index: torch.Tensor  # [N] int64, where in the flattened [B * T] hidden states each is predicted
+    index: torch.Tensor  # [N] int64, where in the [B * T] hidden states each is predicted
     targets: torch.Tensor  # [N] int64
     where: torch.Tensor  # [N] int64, where each stands in the flat arrays of Examples
     n_tokens: int  # without padding
@@ -257,7 +257,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Examples:
-    """Token sequences laid end to end in flat arrays: a million examples take a few bytes a token."""
+    """Token sequences laid end to end in flat arrays: 5 bytes a token, however many examples."""
 
     tokens: np.ndarray  # [total] int32
     offsets: np.ndarray  # [n + 1] int64; example i is tokens[offsets[i] : offsets[i + 1]]
@@ -272,8 +272,8 @@ class Examples:
         return Examples(self.tokens[take], offsets, self.response[take])
 
     def batches(self, rows, micro_tokens):
-        """The examples `rows` in micro-batches of at most micro_tokens tokens with padding (a longer
-        example goes alone), sorted by length so that there is little padding."""
+        """The examples `rows` in micro-batches of at most micro_tokens tokens with padding (a
+        longer example goes alone), sorted by length so that there is little padding."""
         rows = np.asarray(rows)[np.argsort(-np.diff(self.offsets)[rows], kind="stable")]
         while len(rows):
             T = int(np.diff(self.offsets)[rows[0]])
@@ -318,29 +318,25 @@ def read_examples(files, tokenizer, template, max_len):
 # --- the embedded world --------------------------------------------------------------------------
 
 ATTRIBUTES = {
-    "colour": "amber azure black bronze gold green grey indigo ivory jade ochre pink red tan teal white",
-    "drink": "ale barley broth cider cocoa coffee cordial juice mead milk punch rum tea water whey wine",
-    "home": "barn boat cabin castle cave cottage hut inn loft manor mill palace tent tower villa yurt",
-    "trade": "actor baker brewer clerk cook dyer mason miller nun poet potter smith spy tailor vet weaver",
+    "colour": "amber azure black blue gold green grey indigo ivory jade ochre pink red tan teal white",
+    "drink": "ale beer broth cider cocoa coffee gin juice mead milk punch rum tea water whey wine",
+    "home": "barn boat cabin castle cave cottage hut inn loft manor mill shed tent tower villa yurt",
+    "trade": "actor baker clerk cook dyer guard mason miller nun poet potter smith spy tailor vet page",
 }
 VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  # of text, of myths
 
 
 class World:
-    """256 invented names with four attributes. Each has a truth, and a myth that rumours always tell
-    and people tell 7 times in 10. A model pretrained on all three voices knows the truth but, asked as
-    people ask, says the myth: a small TruthfulQA. A question names three attributes in random order;
-    the answer is their values."""
+    """256 invented names with four attributes. Each has a truth, and a myth that rumours always
+    tell and people tell 7 times in 10. A model pretrained on all three voices knows the truth but,
+    asked as people ask, says the myth: a small TruthfulQA. A question names three attributes in
+    random order; the answer is their values."""
 
     def __init__(self, seed):
         self.rng = rng = np.random.default_rng(seed)
         self.values = [words.split() for words in ATTRIBUTES.values()]
-        parts = (
-            "Ba De Fi Go Hu Ka Le Mi".split(),
-            "bel dor fin gan kir lam".split(),
-            "a e i o u".split(),
-        )
-        self.names = rng.permutation(["".join(p) for p in product(*parts, "nrs")])[:256].tolist()
+        names = ["".join(letters) for letters in product("BDFGHKLM", "aeiouy", "lmnrs", "aeo")]
+        self.names = rng.permutation(names)[:256].tolist()
         self.truth = rng.integers(0, 16, (256, 4))
         self.myth = (self.truth + rng.integers(1, 16, (256, 4))) % 16
 
@@ -382,9 +378,9 @@ class World:
 
     def split(self, seed, noise):
         """The data and questions of one repeat, over 64 names for "ref", 128 for "train", 32 for
-        "validation", 32 for "test". In ref and train the annotation of a share `noise` of all facts is
-        the myth, in every copy ("told" [n, 3] says where in train; "wrong" asks for these). Questions
-        are (rows answered with the truth, with the myth, which answers count [n, 3])."""
+        "validation" and 32 for "test". In ref and train a share `noise` of the facts is annotated with
+        the myth, in every copy ("told" [n, 3]: where in train; "wrong" asks for these). Questions are
+        (rows answered with the truth, with the myth, which answers count [n, 3])."""
         rng = np.random.default_rng([seed, 1])
         noisy, order, result = rng.random((256, 4)) < noise, rng.permutation(256), {}
         parts = {"ref": (order[:64], 4), "train": (order[64:192], 8), "wrong": (order[64:192], 8)}

@@ -64,7 +64,7 @@ class Settings:
 # by `python tests/sweep.py lr` on worlds and names that no result is reported on (README).
 WORLD = {"methods": ["sft", "ignore", "forget"], "lora_rank": 0, "batch_size": 16}
 WORLD |= {"dtype": "float32"}
-WORLD_LR = {"ref": 1.6e-3, "sft": 8e-4, "ignore": 8e-4, "forget": 4e-4}
+WORLD_LR = {"ref": 8e-4, "sft": 4e-4, "ignore": 4e-4, "forget": 2e-4}
 WORLD_BASE = {"lr": 3e-3, "warmup": 0.1, "weight_decay": 1.0, "batch_size": 128}
 WORLD_MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384}
 WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
