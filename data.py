@@ -74,8 +74,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """From tokenizer.json (byte-level BPE) or Llama 3's tokenizer.model in a directory. InputError
-        names whatever could not be reproduced exactly."""
+        """From tokenizer.json (byte-level BPE) or Llama 3's tokenizer.model in a directory.
+        InputError names whatever could not be reproduced exactly."""
         file, llama3 = Path(path, "tokenizer.json"), Path(path, "tokenizer.model")
         require(file.exists() or llama3.exists(), path, "no tokenizer.json or tokenizer.model")
         parts = read_bpe(read_json(file), file) if file.exists() else read_llama3(llama3)
@@ -122,7 +122,7 @@ def read_bpe(spec, file):
         if token not in control:
             exact(all(c in BYTE_OF for c in token), f"token {token!r} (not byte-level)")
             ranks[bytes(BYTE_OF[c] for c in token)] = i
-    # tiktoken takes a piece whole if it is a token, else merges neighbours to tokens, lowest id first
+    # tiktoken takes a piece that is a token, else merges neighbours into tokens, lowest id first
     pairs = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
     merged = [bpe["vocab"].get(a + b, -1) for a, b in pairs]
     exact(merged == sorted(merged) and -1 not in merged, "merges out of the order of their ids")
@@ -318,10 +318,10 @@ def read_examples(files, tokenizer, template, max_len):
 # --- the embedded world --------------------------------------------------------------------------
 
 ATTRIBUTES = {
-    "colour": "amber azure black blue gold green grey indigo ivory jade ochre pink red tan teal white",
+    "colour": "amber azure black blue gold green grey indigo ivory jade pink red rose tan teal white",
     "drink": "ale beer broth cider cocoa coffee gin juice mead milk punch rum tea water whey wine",
-    "home": "barn boat cabin castle cave cottage hut inn loft manor mill shed tent tower villa yurt",
-    "trade": "actor baker clerk cook dyer guard mason miller nun poet potter smith spy tailor vet page",
+    "home": "barn boat cabin castle cave hotel hut inn loft manor mill shed tent tower villa yurt",
+    "trade": "actor baker clerk cook dyer guard mason miner nun page poet smith spy tailor tutor vet",
 }
 VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  # of text, of myths
 
@@ -378,9 +378,9 @@ class World:
 
     def split(self, seed, noise):
         """The data and questions of one repeat, over 64 names for "ref", 128 for "train", 32 for
-        "validation" and 32 for "test". In ref and train a share `noise` of the facts is annotated with
-        the myth, in every copy ("told" [n, 3]: where in train; "wrong" asks for these). Questions are
-        (rows answered with the truth, with the myth, which answers count [n, 3])."""
+        "validation" and 32 for "test". In ref and train a share `noise` of the facts is annotated
+        with the myth, in every copy ("told" [n, 3]: where in train; "wrong" asks for these).
+        Questions are (rows answered with the truth, with the myth, which answers count [n, 3])."""
         rng = np.random.default_rng([seed, 1])
         noisy, order, result = rng.random((256, 4)) < noise, rng.permutation(256), {}
         parts = {"ref": (order[:64], 4), "train": (order[64:192], 8), "wrong": (order[64:192], 8)}

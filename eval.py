@@ -1,4 +1,4 @@
-"""Measure a checkpoint: answer a prompt, the mean nll of a data file, the quiz of the embedded world.
+"""Measure a checkpoint: answer a prompt, the mean nll of a data file, the embedded world's quiz.
 
 python eval.py --model out/forget --prompt "What is the capital of France?"
 python eval.py --model out/forget --task nll --data heldout.jsonl
@@ -28,7 +28,7 @@ def opt(default, text, *allowed):
 
 
 def parse_settings(kind, argv, description, special=()):
-    """What the command line gives of the dataclass `kind`, {name: value}; --help is made from it."""
+    """The fields of the dataclass `kind` that argv gives, {name: value}; --help is made from it."""
     usage = "%(prog)s [--help] [--setting value ...]"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -69,8 +69,8 @@ def exit_status(main, argv):
 
 
 def pick(device, dtype):
-    """(torch.device, torch.dtype) of two settings; "auto" is an accelerator if there is one, and bfloat16
-    where the device multiplies it faster than float32."""
+    """(torch.device, torch.dtype) of two settings; "auto" is an accelerator if there is one, and
+    bfloat16 where the device multiplies it faster than float32."""
     if device == "auto":
         device = torch.accelerator.current_accelerator() or "cpu"
     try:
@@ -105,9 +105,9 @@ def examples_nll(model, examples, micro_tokens):
 
 @torch.no_grad()
 def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, seed=0):
-    """Continue prompts (lists of ids, of any lengths) by up to max_new ids each, until an id of `stop`,
-    which is left out. temperature 0 is greedy; top_p keeps the smallest set of likeliest tokens whose
-    probability reaches it."""
+    """Continue prompts (lists of ids, of any lengths) by up to max_new ids each, until an id of
+    `stop`, which is left out. temperature 0 is greedy; top_p keeps the smallest set of likeliest
+    tokens whose probability reaches it."""
     device, T = model.head_weight.device, max(map(len, prompts))
     rng = torch.Generator(device).manual_seed(seed)
     pad = torch.tensor([T - len(p) for p in prompts], device=device)[:, None]  # on the left
@@ -149,9 +149,9 @@ def auc(higher, lower):
 
 
 def quiz(model, tokenizer, truth, myth, counted, seed=0):
-    """The embedded world's metrics over the answers counted [n, 3] bool: the share of true values in
-    greedy and in sampled (temperature 1) answers, and the mean nll of the true and of the mythical
-    answer. truth and myth are the same n questions, as examples answered either way."""
+    """The embedded world's metrics over the answers counted [n, 3] bool: the share of true values
+    in greedy and in sampled (temperature 1) answers, and the mean nll of the true and of the
+    mythical answer. truth and myth are the same n questions, as examples answered either way."""
     sets = [tokenize(enumerate(rows), tokenizer, "tulu", 64) for rows in (truth, myth)]
     true = sets[0].tokens[sets[0].response].reshape(-1, 4)[:, :3]  # [n, 3], without the end token
     prompts, result = [tokenizer.encode(row["prompt"]) for row in truth], {}

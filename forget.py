@@ -1,9 +1,9 @@
 """Supervised fine-tuning with forgetting (arXiv 2508.04329): the whole method in four functions.
 
-    influence = nll_base - nll_ref             # how much the reference model improved on each token
-    positive = partition(influence, rho=0.7)   # the best 70 % of all response tokens are learned ...
+    influence = nll_base - nll_ref            # how much the reference model improved on each token
+    positive = partition(influence, rho=0.7)  # the best 70 % of response tokens are learned ...
     nll = token_nll(hidden, head_weight, targets)
-    lam = lam_at(step, steps, 1e-5, 0.25)      # ... and the rest forgotten, gently at first
+    lam = lam_at(step, steps, 1e-5, 0.25)     # ... and the rest forgotten, gently at first
     loss = forgetting_loss(nll, positive, ~positive, lam)
 
 Full SFT is the same loss with every token positive, ignoring is the same with no token negative.
@@ -16,12 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def token_nll(hidden, head_weight, targets, chunk=512):
-    """Negative log-likelihood of each target, -log softmax(hidden @ head_weight.T)[target], in nats.
+    """Negative log-likelihood of each target, -log softmax(hidden @ head_weight.T)[target], in
+    nats.
 
     hidden [N, d] are the final hidden states at the positions that *predict* the N response tokens,
-    head_weight [V, d] the output head in any float dtype, targets [N] int64 token ids (no -100: leave
-    such positions out). Returns [N] float32. Matrix products run in the dtype of `hidden`, all else in
-    float32. Only `chunk` rows of the N x V logits exist at a time: backward computes them again.
+    head_weight [V, d] the output head in any float dtype, targets [N] int64 token ids (no -100:
+    leave such positions out). Returns [N] float32. Matrix products run in the dtype of `hidden`,
+    all else in float32. Only `chunk` rows of the N x V logits exist at a time: backward computes
+    them again.
     """
     if hidden.shape[:1] != targets.shape or hidden.shape[1:] != head_weight.shape[1:]:
         shapes = f"{list(hidden.shape)}, {list(head_weight.shape)}, {list(targets.shape)}"
@@ -43,8 +45,8 @@ def partition(influence, rho):
     tokens of the training set, not one per example (paper, step "partition"; published rho 0.7).
 
     influence [N] float = nll_base - nll_ref. Returns [N] bool on the same device. Exact at any N: a
-    stable sort, O(N log N); of equal tokens the earlier is positive. ValueError if rho or a score is
-    of no use.
+    stable sort, O(N log N); of equal tokens the earlier is positive. ValueError if rho or a score
+    is of no use.
     """
     if not 0 <= rho <= 1:
         raise ValueError(f"rho is the share of positive tokens and lies in [0, 1], got {rho}")
@@ -76,11 +78,11 @@ def forgetting_loss(nll, positive, negative, lam, n_positive=None, n_negative=No
     this call. Returns a scalar, finite also without positives or negatives. It may turn negative:
     that is ascent at work.
 
-    ascent "nll" is the paper's. Its gradient on a negative token's logits, lam/|N| * (1 - p) for the
-    token itself, *grows* as the token becomes less likely and never fades: pushed for long, it wrecks
-    the model. "unlikelihood" (Welleck et al., arXiv 1908.04319) puts -log(1 - p) in place of
-    -nll = log p: its gradient is proportional to p, so a token once forgotten is left alone. Prefer it
-    for long runs or a large lam.
+    ascent "nll" is the paper's. Its gradient on a negative token's logits, lam/|N| * (1 - p) for
+    the token itself, *grows* as the token becomes less likely and never fades: pushed for long, it
+    wrecks the model. "unlikelihood" (Welleck et al., arXiv 1908.04319) puts -log(1 - p) in place of
+    -nll = log p: its gradient is proportional to p, so a token once forgotten is left alone. Prefer
+    it for long runs or a large lam.
     """
     if ascent not in ("nll", "unlikelihood"):
         raise ValueError(f'ascent is "nll" or "unlikelihood", got {ascent!r}')

@@ -5,8 +5,8 @@
     model.add_lora(rank=64, alpha=16, dropout=0.1)                  # train low-rank updates only
     model.merge_lora().save_pretrained("out")                       # transformers loads it
 
-Modules bear the names that Hugging Face gives them, so a state dict is a checkpoint. Shapes: B batch,
-T tokens, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
+Modules bear the names that Hugging Face gives them, so a state dict is a checkpoint. Shapes: B
+batch, T tokens, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
 import json
@@ -47,8 +47,8 @@ def read_json(path):
 
 
 def read_config(raw, source="config.json"):
-    """The content of a Hugging Face config.json with defaults filled in, as attributes, and whole as
-    `raw`. InputError names what is missing or not supported."""
+    """The content of a Hugging Face config.json with defaults filled in, as attributes, and whole
+    as `raw`. InputError names what is missing or not supported."""
     cfg = SimpleNamespace(**dict.fromkeys(SIZES) | DEFAULTS | raw, raw=raw)
     require(cfg.model_type in FAMILIES, source, f"model_type is {cfg.model_type!r}, not {FAMILIES}")
     for name in SIZES:
@@ -187,10 +187,10 @@ class Transformer(nn.Module):
         return (self.lm_head or self.model["embed_tokens"]).weight
 
     def hidden(self, tokens, positions=None, mask=None, cache=None):
-        """Tokens [B, T] to final hidden states [B, T, C]. positions [B, T] default to 0 ... T-1. mask
-        [B, 1, T, S] bool: which of the S cached and new tokens each token sees; without one attention
-        is causal (right padding needs none) and the cache must be empty. cache: a dict that the layers
-        fill with keys and values; give it again with the next tokens."""
+        """Tokens [B, T] to final hidden states [B, T, C]. positions [B, T] default to 0 ... T-1.
+        mask [B, 1, T, S] bool: which of the S cached and new tokens each token sees; without one
+        attention is causal (right padding needs none) and the cache must be empty. cache: a dict
+        that the layers fill with keys and values; give it again with the next tokens."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.model["embed_tokens"](tokens).to(self.dtype)  # [B, T, C]
@@ -216,7 +216,8 @@ class Transformer(nn.Module):
         return [m for m in self.model.modules() if isinstance(m, Linear)]
 
     def add_lora(self, rank, alpha, dropout):
-        """Freeze the base and add trainable float32 adapters, without effect until B leaves zero."""
+        """Freeze the base and add trainable float32 adapters, without effect until B leaves
+        zero."""
         self.requires_grad_(False)
         for p in self.projections():
             like = {"device": p.weight.device, "dtype": torch.float32}
@@ -274,7 +275,8 @@ class Transformer(nn.Module):
 
 
 def stored_tensors(path):
-    """Yields (file, name, tensor) of a checkpoint directory: one safetensors file, or its shards."""
+    """Yields (file, name, tensor) of a checkpoint directory: one safetensors file, or its
+    shards."""
     index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
     if index.exists():
         files = [path / name for name in set(read_json(index).get("weight_map", {}).values())]

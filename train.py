@@ -3,8 +3,8 @@
     python train.py                                       # the embedded world: no files, no network
     python train.py --model SmolLM2 --data dolly.jsonl    # a real checkpoint and real instructions
 
-Stages: (pretrain the world's base ->) reference -> score -> partition -> each method -> table. `train`
-is the loop, `pipeline` the method.
+Stages: (pretrain the world's base ->) reference -> score -> partition -> each method -> table.
+`train` is the loop, `pipeline` the method.
 """
 
 import json
@@ -60,8 +60,8 @@ class Settings:
     out: str = opt("out", "directory for everything that is written")
 
 
-# What the embedded world sets otherwise; values on the command line win. Its learning rates were chosen
-# by `python tests/sweep.py lr` on worlds and names that no result is reported on (README).
+# What the embedded world sets otherwise; values on the command line win. Its learning rates were
+# chosen by `python tests/sweep.py lr`, on worlds and names that no result is reported on (README).
 WORLD = {"methods": ["sft", "ignore", "forget"], "lora_rank": 0, "batch_size": 16}
 WORLD |= {"dtype": "float32"}
 WORLD_LR = {"ref": 8e-4, "sft": 4e-4, "ignore": 4e-4, "forget": 2e-4}
@@ -71,7 +71,8 @@ WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embe
 
 
 class Log:
-    """log.jsonl, one object a step, and progress: a line that moves on a terminal, else one in 10 s."""
+    """log.jsonl, one object a step, and progress: a line that moves on a terminal, else one in 10
+    s."""
 
     seconds = Counter()  # of each stage, in this process
 
@@ -166,8 +167,8 @@ def train(model, data, positive, negative, s, stage, log_file):
 
 
 def peak_gb(model, params, micro_tokens):
-    """Memory at the peak, roughly: weights, 12 bytes a trained parameter (gradient, two moments), what
-    the layers of one micro-batch keep for the backward pass, the logits of one chunk."""
+    """Memory at the peak, roughly: weights, 12 bytes a trained parameter (gradient, two moments),
+    what the layers of one micro-batch keep for the backward pass, the logits of one chunk."""
     c, weights = model.cfg, sum(p.numel() * p.element_size() for p in model.parameters())
     layer = (10 * c.hidden_size + 5 * c.intermediate_size) * model.dtype.itemsize
     kept = micro_tokens * c.num_hidden_layers * layer
@@ -176,7 +177,8 @@ def peak_gb(model, params, micro_tokens):
 
 def load(s, path, lora=False):
     """A checkpoint on the device. Frozen weights are of the dtype of activations; those that train
-    (adapters, or without LoRA all) stay float32 and are cast where they are used, as in autocast."""
+    (adapters, or without LoRA all) stay float32 and are cast where they are used, as in
+    autocast."""
     device, dtype = pick(s.device, s.dtype)
     torch.manual_seed(s.seed)  # adapters start at random
     model = Transformer.from_pretrained(path, dtype if s.lora_rank else torch.float32, device)
@@ -189,8 +191,8 @@ def load(s, path, lora=False):
 
 
 def tune(s, stage, start, data, positive, negative, out):
-    """Train the checkpoint `start` and write out/stage, unless it is there. The reference model of a
-    LoRA run stays an adapter; all else is a whole checkpoint."""
+    """Train the checkpoint `start` and write out/stage, unless it is there. The reference model of
+    a LoRA run stays an adapter; all else is a whole checkpoint."""
     if (out / stage).exists():
         return print(f"{stage}: {out / stage} is done")
     model = load(s, start, lora=True)
@@ -230,8 +232,9 @@ def score(s, base_path, data, out):
 
 
 def pipeline(s, base, data, ref_data, out, rates=None):
-    """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method, with a
-    learning rate for each stage if `rates` has one. Returns the arrays of scores.safetensors."""
+    """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method,
+    with a learning rate for each stage if `rates` has one. Returns the arrays of
+    scores.safetensors."""
     out.mkdir(parents=True, exist_ok=True)
     at_rate = {k: replace(s, lr=(rates or {}).get(k, s.lr)) for k in ("ref", *s.methods)}
     response = torch.from_numpy(ref_data.response)
@@ -299,8 +302,8 @@ def pretrain(s, world, out):
 
 
 def world_run(s, world, base, out, rates, names="test"):
-    """The pipeline in the embedded world, measured on names that no data set holds and on the wrongly
-    annotated facts: {row: {metric: value}}."""
+    """The pipeline in the embedded world, measured on names that no data set holds and on the
+    wrongly annotated facts: {row: {metric: value}}."""
     tokenizer, sets = Tokenizer.from_pretrained(base), world.split(s.seed, s.noise)
     parts = (sets["train"], sets["ref"])
     data, ref_data = (tokenize(enumerate(p), tokenizer, s.template, s.max_len) for p in parts)
