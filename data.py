@@ -318,7 +318,7 @@ def read_examples(files, tokenizer, template, max_len):
 # --- the embedded world --------------------------------------------------------------------------
 
 ATTRIBUTES = {
-    "colour": "amber azure black blue gold green grey indigo ivory jade pink red rose tan teal white",
+    "colour": "ash azure black blue brown gold green grey indigo ivory jade pink red rose tan teal",
     "drink": "ale beer broth cider cocoa coffee gin juice mead milk punch rum tea water whey wine",
     "home": "barn boat cabin castle cave hotel hut inn loft manor mill shed tent tower villa yurt",
     "trade": "actor baker clerk cook dyer guard mason miner nun page poet smith spy tailor tutor vet",

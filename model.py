@@ -216,8 +216,7 @@ class Transformer(nn.Module):
         return [m for m in self.model.modules() if isinstance(m, Linear)]
 
     def add_lora(self, rank, alpha, dropout):
-        """Freeze the base and add trainable float32 adapters, without effect until B leaves
-        zero."""
+        """Freeze the base and add trainable float32 adapters, of no effect while B is zero."""
         self.requires_grad_(False)
         for p in self.projections():
             like = {"device": p.weight.device, "dtype": torch.float32}
@@ -275,8 +274,7 @@ class Transformer(nn.Module):
 
 
 def stored_tensors(path):
-    """Yields (file, name, tensor) of a checkpoint directory: one safetensors file, or its
-    shards."""
+    """Yields (file, name, tensor) of a checkpoint directory: one safetensors file, or shards."""
     index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
     if index.exists():
         files = [path / name for name in set(read_json(index).get("weight_map", {}).values())]

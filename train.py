@@ -71,8 +71,7 @@ WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embe
 
 
 class Log:
-    """log.jsonl, one object a step, and progress: a line that moves on a terminal, else one in 10
-    s."""
+    """log.jsonl, one object a step, and progress: one moving line on a terminal, else one/10 s."""
 
     seconds = Counter()  # of each stage, in this process
 
@@ -177,8 +176,7 @@ def peak_gb(model, params, micro_tokens):
 
 def load(s, path, lora=False):
     """A checkpoint on the device. Frozen weights are of the dtype of activations; those that train
-    (adapters, or without LoRA all) stay float32 and are cast where they are used, as in
-    autocast."""
+    (adapters, or without LoRA all) stay float32 and are cast where used, as in autocast."""
     device, dtype = pick(s.device, s.dtype)
     torch.manual_seed(s.seed)  # adapters start at random
     model = Transformer.from_pretrained(path, dtype if s.lora_rank else torch.float32, device)
@@ -233,8 +231,7 @@ def score(s, base_path, data, out):
 
 def pipeline(s, base, data, ref_data, out, rates=None):
     """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method,
-    with a learning rate for each stage if `rates` has one. Returns the arrays of
-    scores.safetensors."""
+    at its learning rate in `rates` or s.lr. Returns the arrays of scores.safetensors."""
     out.mkdir(parents=True, exist_ok=True)
     at_rate = {k: replace(s, lr=(rates or {}).get(k, s.lr)) for k in ("ref", *s.methods)}
     response = torch.from_numpy(ref_data.response)
