@@ -214,16 +214,18 @@ def example_pieces(example, where, tokenizer, template):
         for key, value in zip(keys, values):
             require(isinstance(value, str), where, f'"{key}" must be a string, not {value!r:.40}')
         *question, answer = values
-        if keys[0] == "prompt":
-            joined = not values[0] or values[0][-1].isspace() or answer[:1].isspace()
-            answer = answer if joined else " " + answer
-            return [(values[0], False), (answer, True), (tokenizer.eos_id, True)]
         turns = [("user", "\n\n".join(filter(None, question))), ("assistant", answer)]
     for role, text in turns:
         known = role in ("system", "user", "assistant") and isinstance(text, str)
         require(known, where, f"a message needs a known role and text, not {role!r}, {text!r:.40}")
+        require(not re.search("[\ud800-\udfff]", text), where, "half of a surrogate pair in a text")
     require("assistant" in (role for role, _ in turns), where, "no assistant message to learn")
-    return render(turns, tokenizer, template)
+    if "messages" in example or keys[0] != "prompt":
+        return render(turns, tokenizer, template)
+    prompt, completion = values
+    if prompt and not prompt[-1].isspace() and not completion[:1].isspace():
+        completion = " " + completion
+    return [(prompt, False), (completion, True), (tokenizer.eos_id, True)]
 
 
 def read_file(file):
@@ -239,8 +241,8 @@ def read_file(file):
             else:
                 for i, line in enumerate(stream, 1):
                     where = f"{file}, line {i}"
-                    if line.strip():
-                        yield where, json.loads(line.decode("utf-8-sig"))
+                    if text := line.decode("utf-8-sig").strip():
+                        yield where, json.loads(text)
     except (OSError, EOFError, ValueError) as e:  # ValueError: not UTF-8, not JSON
         raise InputError(f"{where}: {e}") from None
 
@@ -321,7 +323,7 @@ ATTRIBUTES = {
     "colour": "ash azure black blue brown gold green grey indigo ivory jade pink red rose tan teal",
     "drink": "ale beer broth cider cocoa coffee gin juice mead milk punch rum tea water whey wine",
     "home": "barn boat cabin castle cave hotel hut inn loft manor mill shed tent tower villa yurt",
-    "trade": "actor baker clerk cook dyer guard mason miner nun page poet smith spy tailor tutor vet",
+    "trade": "actor baker clerk cook dyer guard mason monk nun page poet smith spy tailor tutor vet",
 }
 VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  # of text, of myths
 

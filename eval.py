@@ -123,10 +123,9 @@ def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, seed=
         logits = F.linear(hidden, model.head_weight.to(hidden.dtype)).float()  # [B, V]
         if temperature > 0:
             p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
-            p = p * (
-                p.cumsum(-1) - p < top_p
-            )  # a token stays if those before it fall short of top_p
-            tokens = ids.gather(-1, torch.multinomial(p, 1, generator=rng))
+            keep = p.cumsum(-1) - p < top_p  # a token stays if those before it fall short
+            keep[:, 0] = True
+            tokens = ids.gather(-1, torch.multinomial(p * keep, 1, generator=rng))
         else:
             tokens = logits.argmax(-1, keepdim=True)  # [B, 1]
         new.append(tokens)
@@ -198,7 +197,7 @@ class Settings:
     data: list[str] = opt([], "files of the task")
     max_new: int = opt(256, "most tokens of an answer", 1, 10**6)
     temperature: float = opt(0.0, "of sampling; 0 = greedy", 0, 1e3)
-    top_p: float = opt(1.0, "probability mass that is sampled from", 0, 1)
+    top_p: float = opt(1.0, "probability mass that is sampled from", 1e-6, 1)
     micro_tokens: int = opt(4096, "most tokens, with padding, in one forward pass", 1, 10**9)
     max_len: int = opt(2048, "tokens; longer examples are cut", 2, 10**9)
     template: str = opt("tulu", "chat format (tulu = published)", *TEMPLATES)

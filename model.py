@@ -51,12 +51,13 @@ def read_config(raw, source="config.json"):
     as `raw`. InputError names what is missing or not supported."""
     cfg = SimpleNamespace(**dict.fromkeys(SIZES) | DEFAULTS | raw, raw=raw)
     require(cfg.model_type in FAMILIES, source, f"model_type is {cfg.model_type!r}, not {FAMILIES}")
-    for name in SIZES:
-        size = getattr(cfg, name)
+    optional = {"num_key_value_heads": lambda: cfg.num_attention_heads}
+    optional |= {"head_dim": lambda: cfg.hidden_size // cfg.num_attention_heads}
+    for name in (*SIZES, *optional):
+        size = getattr(cfg, name, None) or optional.get(name, int)()
         require(type(size) is int and 0 < size < 10**7, source, f"{name} is {size!r}")
-    H = cfg.num_attention_heads
-    cfg.num_key_value_heads = K = raw.get("num_key_value_heads") or H
-    cfg.head_dim = D = raw.get("head_dim") or cfg.hidden_size // H
+        setattr(cfg, name, size)
+    H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
     require(H % K == 0, source, f"{K} key/value heads do not divide {H} heads")
     require(D % 2 == 0, source, f"head_dim {D} is odd: no rotary pairs")
     require(cfg.hidden_act == "silu", source, f"hidden_act is {cfg.hidden_act!r}, not silu")
@@ -64,6 +65,7 @@ def read_config(raw, source="config.json"):
     require(not (sliding and raw.get("sliding_window")), source, "sliding-window attention")
     # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    require(isinstance(rope, dict), source, f"rope_parameters or rope_scaling is {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     cfg.rope = {"rope_theta": raw.get("rope_theta") or 1e4, **rope, "rope_type": kind}
     require(kind in ("default", "llama3"), source, f"rope_type is {kind!r}, not default or llama3")
@@ -277,9 +279,10 @@ def stored_tensors(path):
     """Yields (file, name, tensor) of a checkpoint directory: one safetensors file, or shards."""
     index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
     if index.exists():
-        files = [path / name for name in set(read_json(index).get("weight_map", {}).values())]
+        names = read_json(index).get("weight_map")
+        require(isinstance(names, dict) and names, index, "no weight_map")
+        files = [path / str(name) for name in set(names.values())]
         require(all(f.parent == path for f in files), index, "a shard lies outside the directory")
-    require(files, index, "no weight_map")
     for file in sorted(files):
         require(file.is_file(), file, "no such file (.bin, .pth and GGUF files are not read)")
         try:

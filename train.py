@@ -7,6 +7,7 @@ Stages: (pretrain the world's base ->) reference -> score -> partition -> each m
 `train` is the loop, `pipeline` the method.
 """
 
+import hashlib
 import json
 import math
 import resource
@@ -15,10 +16,12 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
@@ -229,6 +232,18 @@ def score(s, base_path, data, out):
     return nll_base, nll_ref
 
 
+def fingerprint(examples, *folders):
+    """sha256 of tokenised examples and of what shapes a model: its config, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for array in (examples.tokens, examples.offsets, examples.response):
+        digest.update(array)
+    for file in chain(*(sorted(Path(folder).iterdir()) for folder in folders)):
+        if file.suffix in (".json", ".model", ".safetensors"):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
 def pipeline(s, base, data, ref_data, out, rates=None):
     """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method,
     at its learning rate in `rates` or s.lr. Returns the arrays of scores.safetensors."""
@@ -237,7 +252,12 @@ def pipeline(s, base, data, ref_data, out, rates=None):
     response = torch.from_numpy(ref_data.response)
     tune(at_rate["ref"], "ref", base, ref_data, response, torch.zeros_like(response), out)
     response, file = torch.from_numpy(data.response), out / "scores.safetensors"
-    if not file.exists():
+    mark = fingerprint(data, base, out / "ref")
+    if file.exists():
+        with safe_open(file, "pt") as stored:
+            same = stored.metadata().get("fingerprint") == mark
+        require(same, file, "made from other data or models; give another --out, or delete it")
+    else:
         nll_base, nll_ref = score(s, base, data, out)
         influence, positive = (nll_base - nll_ref)[response], torch.zeros_like(response)
         positive[response] = best = partition(influence, s.rho)
@@ -245,7 +265,7 @@ def pipeline(s, base, data, ref_data, out, rates=None):
         arrays = {"nll_base": nll_base, "nll_ref": nll_ref, "positive": positive.byte()}
         for name in ("tokens", "offsets", "response"):
             arrays[name] = torch.from_numpy(getattr(data, name))
-        facts = {"rho": str(s.rho), "threshold": str(threshold)}
+        facts = {"rho": str(s.rho), "threshold": str(threshold), "fingerprint": mark}
         save_file(arrays | {"response": response.byte()}, out / "scores.tmp", facts)
         (out / "scores.tmp").rename(file)
     scores = load_file(file)
@@ -343,6 +363,7 @@ def main(argv):
     require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
     require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
     out, settings = Path(s.out), {k: v for k, v in asdict(s).items() if k != "out"}
+    require(out.is_dir() or not out.exists(), "--out", f"{out} is not a directory")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists():
         kept = read_json(out / "settings.json")

@@ -4,7 +4,7 @@
     python tests/sweep.py final               # measure the choice on fresh worlds
     python tests/sweep.py rho|lambda|noise|ascent|clip
 
-Worlds 1 and 2 serve the choice and worlds 101 to 103 the measurements; each is pretrained once (OUT/world*) and
+Worlds 1 to 4 serve the choice and worlds 201 to 203 the measurements; each is pretrained once (OUT/world*) and
 run with five seeds. Prints mean +- standard deviation over all runs of all worlds, and paired differences.
 """
 
@@ -27,10 +27,10 @@ import train
 from data import Tokenizer, World
 from eval import quiz
 
-GRID = [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3]
+GRID = [1e-4, 1.4e-4, 2e-4, 2.8e-4, 4e-4, 5.6e-4, 8e-4, 1.1e-3]
 METHODS = ("sft", "ignore", "forget")
 UNSEEN, WRONG, SCORE = "unseen names", "wrong facts", "score, wrong tokens"
-CHOICE, FRESH, SEEDS = (1, 2), (101, 102, 103), range(5)
+CHOICE, FRESH, SEEDS = (1, 2, 3, 4), (201, 202, 203), range(5)
 METRICS = ["greedy", "sampled", "nll truth", "nll myth"]
 
 

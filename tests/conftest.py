@@ -1,0 +1,217 @@
+"""Shared fixtures. Nothing here needs a network; what is optional skips with a sentence.
+
+SMOLLM2=DIR      checkpoint that ../shared/real_model/make_smollm2.py writes
+TOKENIZERS=DIR   holds llama3_2/ and qwen3/, see ../shared/real_model/get_tokenizers.sh
+"""
+
+import json
+import os
+import random
+import runpy
+import sys
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import BYTE_OF, Tokenizer, World
+from model import Transformer, read_config
+
+torch.set_num_threads(1)  # the models are tiny
+
+# small configurations that between them use every option of the decoder
+BASE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
+BASE |= {"vocab_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED |= {"original_max_position_embeddings": 16, "rope_theta": 5000.0}
+CONFIGS = {
+    "llama_tied": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "llama_biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama_scaled": {"model_type": "llama", "num_key_value_heads": 1, "rope_parameters": SCALED},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "rope_theta": 1e6},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 10},
+}
+CONFIGS = {name: BASE | {"tie_word_embeddings": False} | raw for name, raw in CONFIGS.items()}
+
+
+def random_model(raw, seed=0, scale=0.3):
+    """A model whose every parameter is random, norms and biases included."""
+    rng = torch.Generator().manual_seed(seed)
+    model = Transformer(read_config(raw)).eval()
+    for name, p in sorted(model.named_parameters()):
+        noise = torch.randn(p.shape, generator=rng) * scale
+        p.data = noise + (1 if "norm" in name else 0)
+    return model
+
+
+def randomise_adapters(model, seed=1, scale=0.2):
+    rng = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        if "lora_" in name:
+            p.data = torch.randn(p.shape, generator=rng) * scale
+    return model
+
+
+WORDS = " the| and| is| capital|France|Paris|what|user|assistant|system|tion|ing|12|...".split("|")
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA3 += ["<|eot_id|>"]
+GPT2 = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
+DIGITS = [{"type": "Digits", "individual_digits": True}, *GPT2]
+
+
+def isolated(pattern):
+    """The pre-tokenizer of Llama 3 and Qwen: their own pattern, then bytes."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    return [split | {"invert": False}, GPT2[0] | {"use_regex": False}]
+
+
+def bpe_spec(pre=GPT2, control=CHATML, nfc=False, bos=None, lacking=b""):
+    """The content of a small byte-level BPE tokenizer.json: bytes, then a merge per prefix."""
+    char = {b: c for c, b in BYTE_OF.items()}
+    kept = [b for b in range(256) if b not in lacking]
+    vocab, merges = {char[b]: i for i, b in enumerate(kept)}, []
+    for word in WORDS:
+        word = "".join(char[b] for b in word.encode())
+        for k in range(2, len(word) + 1):
+            if word[:k] not in vocab:
+                vocab[word[:k]] = len(vocab)
+                merges.append([word[: k - 1], word[k - 1]])
+    added = [{"id": len(vocab) + i, "content": text} for i, text in enumerate(control)]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec = {"version": "1.0", "added_tokens": [t | flags | {"special": True} for t in added]}
+    spec["normalizer"] = {"type": "NFC"} if nfc else None
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": pre}
+    spec["decoder"] = GPT2[0]
+    spec["model"] = {"type": "BPE", "vocab": vocab, "merges": merges}
+    if bos:
+        single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A"}}]
+        single[1]["Sequence"]["type_id"] = 0
+        number = next(t["id"] for t in added if t["content"] == bos)
+        known = {bos: {"id": bos, "ids": [number], "tokens": [bos]}}
+        spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single}
+        spec["post_processor"]["special_tokens"] = known
+    return spec
+
+
+def write_tokenizer(path, spec, bos=None, eos=None):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    settings = {"bos_token": bos, "eos_token": eos}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@cache
+def random_texts(n, seed=0):
+    """Texts that are hard on a tokenizer: all planes, white space before digits, controls, fakes."""
+    rng = random.Random(seed)
+    assigned = [c for c in map(chr, range(0x110000)) if unicodedata.category(c)[0] != "C"]
+    planes = [c for c in range(0, 0x110000, 97) if not 0xD800 <= c < 0xE000]
+    words = "the The capital of France isn't I'LL we've ünïcödé naïve ﬁ Straße 東京 नमस्ते e\u0301 가".split()
+    fakes = [*CHATML, *LLAMA3, "<think>", "<s>", "</s>", "<|user|>", "<|end|>", "<|", "|>"]
+    spaces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x0b", "\x85", "\x1c"]
+    kinds = [
+        lambda: rng.choice(words),
+        lambda: rng.choice(words) + rng.choice(words),
+        lambda: rng.choice(spaces) * rng.randint(1, 5),
+        lambda: rng.choice(spaces) * rng.randint(0, 4) + str(rng.randint(0, 10**9)),
+        lambda: rng.choice("½²٣४Ⅷ①𝟘"),
+        lambda: "".join(rng.choices(assigned, k=rng.randint(1, 6))),
+        lambda: chr(rng.choice(planes)),
+        lambda: chr(rng.randrange(32)) + chr(rng.randrange(127, 160)),
+        lambda: rng.choice(fakes),
+        lambda: "".join(rng.choices("!?.,;:'\"()[]{}_-+=*/#@$%^&~`|<>\\", k=rng.randint(1, 4))),
+    ]
+    return ["".join(rng.choice(kinds)() for _ in range(rng.randint(1, 12))) for _ in range(n)]
+
+
+def run_script(name, *argv):
+    """Exit status of `python NAME ARGV`, in this process."""
+    before, sys.argv = sys.argv, [name, *map(str, argv)]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as e:
+        return e.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def assert_refused(captured, status, *named):
+    """Bad input or usage: status 2 and one to three lines that name what is wrong."""
+    text = captured.err.strip()
+    assert status == 2 and "Traceback" not in text, text
+    assert all(name in text for name in named), text
+    assert 1 <= len(text.splitlines()) <= 3, text
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The directory ../shared, read-only material of this project."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there: it holds the goldens and the data sets")
+    return path
+
+
+def from_environment(name, what):
+    path = os.environ.get(name)
+    if not path or not Path(path).is_dir():
+        pytest.skip(f"set {name} to {what} to run this test")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    return from_environment("SMOLLM2", "the directory of the SmolLM2-135M checkpoint")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizers():
+    return from_environment("TOKENIZERS", "the directory that holds llama3_2/ and qwen3/")
+
+
+@pytest.fixture(scope="session")
+def world_dir(tmp_path_factory):
+    """The tokenizer of the embedded world."""
+    path = tmp_path_factory.mktemp("world")
+    World(7).write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def chatml_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chatml")
+    return write_tokenizer(path, bpe_spec(DIGITS), bos="<|im_start|>", eos="<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def chatml(chatml_dir):
+    return Tokenizer.from_pretrained(chatml_dir)
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory):
+    bos = "<|begin_of_text|>"
+    path = tmp_path_factory.mktemp("llama3")
+    return Tokenizer.from_pretrained(
+        write_tokenizer(path, bpe_spec(control=LLAMA3, bos=bos), bos, "<|eot_id|>")
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny random model with the world's tokenizer: a checkpoint directory to train."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    World(7).write_tokenizer(path)
+    vocab_size = Tokenizer.from_pretrained(path).vocab_size
+    raw = CONFIGS["llama_tied"] | {"vocab_size": vocab_size, "hidden_size": 32}
+    Transformer(read_config(raw)).init_weights(3).save_pretrained(path)
+    return path
