@@ -105,6 +105,7 @@ def read_bpe(spec, file):
     odd = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
     odd = [key for key in odd if bpe.get(key)]
     exact(bpe.get("type") == "BPE" and not odd, f"model {bpe.get('type')} {odd}")
+    exact({"vocab", "merges"} <= bpe.keys(), "a model without vocab or merges")
     exact([s["type"] for s in normal] in ([], ["NFC"]), f"normalizer {normal}")
     first, last = split[0] if split else {}, split[-1] if split else {}
     kind = *(s["type"] for s in split), last.get("use_regex", True)

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
-from eval import auc, exit_status, opt, parse_settings, pick, quiz, response_nll
+from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
 from forget import forgetting_loss, lam_at, partition
 from model import Transformer, read_config, read_json, require
 
@@ -128,11 +128,12 @@ def train(model, data, positive, negative, s, stage, log_file):
     steps = s.epochs * math.ceil(len(data) / s.batch_size)
     steps = min(steps, s.max_steps or steps)
     lam_min, lam_max = (s.lambda_min, s.lambda_max) if negative.any() else (0.0, 0.0)
-    n_pos, n_neg, n_params = positive.sum(), negative.sum(), sum(p.numel() for p in params)
     print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
-    print(f"  {n_pos:,} positive, {n_neg:,} negative tokens, lam {lam_min:g} to {lam_max:g}")
-    gigabytes = peak_gb(model, params, s.micro_tokens)
-    print(f"  {n_params:,} parameters are trained; memory about {gigabytes:.1f} GB at the peak")
+    print(
+        f"  {len(data.tokens):,} tokens, {positive.sum():,} positive, {negative.sum():,} negative"
+    )
+    print(f"  lam {lam_min:g} to {lam_max:g}, {sum(p.numel() for p in params):,} parameters")
+    print(f"  memory about {peak_gb(model, params, s.micro_tokens):.1f} GB at the peak")
     torch.manual_seed(s.seed)  # dropout
     model.train()
     log = Log(log_file, stage, steps)
@@ -148,7 +149,8 @@ def train(model, data, positive, negative, s, stage, log_file):
             nll = response_nll(model, batch)  # [N]
             loss = forgetting_loss(nll, pos, neg, lam, n_pos, n_neg, s.ascent)
             loss.backward()
-            totals += torch.stack([loss, (nll * pos).sum(), (nll * neg).sum()]).detach()
+            by_sign = (torch.where(mask, nll, 0).sum() for mask in (pos, neg))
+            totals += torch.stack([loss, *by_sign]).detach()
         # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
         optimizer.param_groups[0]["lr"] = lr = lr_at(step, steps, s.lr, s.warmup)
@@ -158,7 +160,7 @@ def train(model, data, positive, negative, s, stage, log_file):
         pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / max(n_neg, 1)
         if not math.isfinite(loss + norm):
             state = f"loss {loss}, nll {pos_nll} on P, {neg_nll} on N, gradient norm {norm}"
-            lower = "--lr or --lambda_max" if n_neg else "--lr"
+            lower = "--lr or --lambda_max" if lam else "--lr"
             raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {state}: lower {lower}")
         seconds, tokens = time.perf_counter() - begun, sum(b.n_tokens for b in batches)
         record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
@@ -260,11 +262,11 @@ def pipeline(s, base, data, ref_data, out, rates=None):
     else:
         nll_base, nll_ref = score(s, base, data, out)
         influence, positive = (nll_base - nll_ref)[response], torch.zeros_like(response)
+        require(influence.isfinite().all(), base, "it or its reference gives an nll of NaN")
         positive[response] = best = partition(influence, s.rho)
         threshold = float(influence[best].min()) if best.any() else math.inf
-        arrays = {"nll_base": nll_base, "nll_ref": nll_ref, "positive": positive.byte()}
-        for name in ("tokens", "offsets", "response"):
-            arrays[name] = torch.from_numpy(getattr(data, name))
+        arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
+        arrays |= {"nll_base": nll_base, "nll_ref": nll_ref, "positive": positive.byte()}
         facts = {"rho": str(s.rho), "threshold": str(threshold), "fingerprint": mark}
         save_file(arrays | {"response": response.byte()}, out / "scores.tmp", facts)
         (out / "scores.tmp").rename(file)
@@ -293,16 +295,14 @@ def real_run(s, out):
         ref_data = data.subset(np.sort(order[:cut][:most]))
     data = data.subset(np.sort(order[cut:][:most]))  # no more than max_steps can see, in file order
     scores, table = pipeline(s, s.model, data, ref_data, out), {}
-    positive, response = scores["positive"].bool(), scores["response"].bool()
-    for row in ("base", "ref"):
-        nll = scores[f"nll_{row}"]
-        means = (float(nll[mask].mean()) for mask in (positive, response & ~positive))
-        table[row] = dict(zip(("nll on P", "nll on N"), means))
-    for method in s.methods:  # as seen in the last tenth of training
-        steps = [r for r in read_log(out / "log.jsonl") if r["stage"] == method]
-        last = steps[-math.ceil(len(steps) / 10) :]
-        table[method] = {"nll on P": float(np.mean([r["pos_nll"] for r in last]))}
-        table[method]["nll on N"] = float(np.mean([r["neg_nll"] for r in last]))
+    some = np.arange(0, len(data), math.ceil(len(data) / 256))  # of D_train, for the table
+    sample, signs = data.subset(some), replace(data, response=scores["positive"].bool().numpy())
+    positive = torch.from_numpy(signs.subset(some).response)
+    masks = {"nll on P": positive, "nll on N": torch.from_numpy(sample.response) & ~positive}
+    for row in ("base", *s.methods):
+        model = load(s, s.model if row == "base" else out / row)
+        nll = examples_nll(model, sample, s.micro_tokens)
+        table[row] = {metric: float(nll[mask].mean()) for metric, mask in masks.items()}
     return table
 
 

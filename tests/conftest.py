@@ -58,7 +58,18 @@ def randomise_adapters(model, seed=1, scale=0.2):
     return model
 
 
-WORDS = " the| and| is| capital|France|Paris|what|user|assistant|system|tion|ing|12|...".split("|")
+WORDS = " the| and| is| capital|France|Paris|what|user|assistant|system|tion|ing|123|...|!!".split(
+    "|"
+)
+WORDS += [
+    " " * 6,
+    "\n\n\n",
+    "\r\n\r\n",
+    "\t\t",
+    " \n",
+    "\n ",
+    "\u3000\u3000",
+]  # runs of white space show cuts
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
 LLAMA3 += ["<|eot_id|>"]
@@ -72,17 +83,27 @@ def isolated(pattern):
     return [split | {"invert": False}, GPT2[0] | {"use_regex": False}]
 
 
+def merge(word, merges):
+    """The tokens of a word by the definition of BPE: the earliest merge first, from the left."""
+    parts = list(word)
+    while found := [
+        (merges.index(m), i) for i, m in enumerate(zip(parts, parts[1:])) if m in merges
+    ]:
+        i = min(found)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
 def bpe_spec(pre=GPT2, control=CHATML, nfc=False, bos=None, lacking=b""):
-    """The content of a small byte-level BPE tokenizer.json: bytes, then a merge per prefix."""
+    """The content of a small byte-level BPE tokenizer.json: bytes, then what makes WORDS tokens."""
     char = {b: c for c, b in BYTE_OF.items()}
     kept = [b for b in range(256) if b not in lacking]
     vocab, merges = {char[b]: i for i, b in enumerate(kept)}, []
     for word in WORDS:
         word = "".join(char[b] for b in word.encode())
-        for k in range(2, len(word) + 1):
-            if word[:k] not in vocab:
-                vocab[word[:k]] = len(vocab)
-                merges.append([word[: k - 1], word[k - 1]])
+        while len(parts := merge(word, merges)) > 1:
+            merges.append((parts[0], parts[1]))
+            vocab[parts[0] + parts[1]] = len(vocab)
     added = [{"id": len(vocab) + i, "content": text} for i, text in enumerate(control)]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     spec = {"version": "1.0", "added_tokens": [t | flags | {"special": True} for t in added]}

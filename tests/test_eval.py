@@ -58,6 +58,16 @@ def test_answers_stop_before_any_stop_token_each_on_its_own():
     assert generate(model, prompts[:1], 30, (free[0][0],)) == [[]]
 
 
+def test_generation_ends_with_the_last_unfinished_answer():
+    model, prompts, calls = random_model(CONFIGS["llama_tied"]), random_prompts([3, 17]), []
+    free = [greedy(model, p, 30) for p in prompts]
+    stop = (free[0][2], free[1][6])
+    hidden = model.hidden
+    model.hidden = lambda *a, **k: calls.append(1) or hidden(*a, **k)
+    lengths = [len(answer) for answer in generate(model, prompts, 30, stop)]
+    assert len(calls) == max(lengths) + 1 < 31
+
+
 def test_no_more_than_max_new_tokens():
     model = random_model(CONFIGS["llama_tied"])
     assert [len(a) for a in generate(model, random_prompts([2, 3]), 1)] == [1, 1]

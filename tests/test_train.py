@@ -216,6 +216,26 @@ def test_only_adapters_are_trained_where_there_are_any(tmp_path):
         assert torch.equal(a, b) == ("lora_" not in name), name
 
 
+def test_dropout_is_on_in_training_and_off_afterwards(tmp_path):
+    on = random_model(CONFIGS["qwen2"]).add_lora(4, 16, 0.9)
+    off = deepcopy(on)
+    for p in off.projections():
+        p.dropout = 0.0
+    on, off = (trained(tmp_path, settings(lora_rank=4, lr=1e-2), model) for model in (on, off))
+    assert on[1][0]["loss"] == off[1][0]["loss"]  # B is zero at first
+    assert abs(on[1][-1]["loss"] - off[1][-1]["loss"]) > 1e-2
+    assert not on[0].training
+
+
+def test_dropout_repeats_with_the_seed_alone(tmp_path):
+    start, logs = random_model(CONFIGS["qwen2"]).add_lora(4, 16, 0.5), []
+    for seed, before in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(before)  # what ran before does not matter
+        logs.append(trained(tmp_path, settings(lora_rank=4, lr=1e-2, seed=seed), start)[1])
+    one, two, other = ([r["loss"] for r in log] for log in logs)
+    assert one == two != other
+
+
 def test_a_step_that_is_not_finite_stops_with_what_to_lower(tmp_path):
     model = random_model(CONFIGS["qwen2"])
     model.head_weight.data[:] = 1e38
@@ -364,6 +384,21 @@ def test_forgetting_raises_nll_on_n_above_ignoring_and_lowers_it_on_p_below_the_
     assert on_n["forget"] - 0.1 > on_n["ignore"] > on_n["sft"]
 
 
+def test_every_method_starts_from_the_base_model(run, examples):
+    out, _ = run
+    scores = load_file(out / "scores.safetensors")
+    offsets, response = examples[0].offsets, scores["response"].bool()
+    rows = next(step_rows(len(examples[0]), 8, 1, 42))
+    first = torch.cat([torch.arange(*offsets[r : r + 2]) for r in rows])
+    positive = scores["positive"].bool()
+    for method in METHODS:
+        mask = (response if method == "sft" else positive)[first]
+        wanted = scores["nll_base"][first][mask].mean().item()
+        record = read_log(out / "log.jsonl", method)[0]
+        assert record["pos_nll"] == pytest.approx(wanted, abs=1e-4)
+        assert record["n_pos"] == mask.sum()
+
+
 def test_exported_directories_load_in_transformers_with_the_same_logits(run):
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     tokens = torch.arange(40)[None]
@@ -376,6 +411,23 @@ def test_exported_directories_load_in_transformers_with_the_same_logits(run):
         text = "people colour amber ale"
         ids = transformers.AutoTokenizer.from_pretrained(path)(text)["input_ids"]
         assert ids == Tokenizer.from_pretrained(path).encode(text)
+
+
+@pytest.mark.parametrize("how", [FULL, LORA], ids=["full", "lora"])
+def test_a_bfloat16_run_starts_like_a_float32_run_and_exports_bfloat16(
+    how, checkpoint, files, tmp_path
+):
+    argv = [*how, "--model", checkpoint, "--data", *files, "--max_steps", 2]
+    logs = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        assert run_script("train.py", *argv, "--dtype", dtype, "--out", out) == 0
+        logs[dtype] = read_log(out / "log.jsonl", "ref")
+    state = load_file(tmp_path / "bfloat16" / "forget" / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    for half, whole in zip(logs["bfloat16"], logs["float32"]):
+        assert half["loss"] == pytest.approx(whole["loss"], rel=0.02)
+        assert half["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.1)
 
 
 def test_the_same_command_gives_the_same_bytes(run, tmp_path):
@@ -432,6 +484,13 @@ def test_without_reference_data_a_sixth_is_split_off(checkpoint, files, examples
     assert len(whole) == 80 and len(rows) == 80 - round(80 / 6) and log["steps"] == 1
     rest = iter(whole)
     assert all(row in rest for row in rows)  # in file order, none twice
+
+
+def test_max_steps_limits_what_is_scored_to_what_can_be_trained(checkpoint, files, tmp_path):
+    argv = [*FULL, "--model", checkpoint, "--data", *files, "--batch_size", 8, "--max_steps", 2]
+    assert run_script("train.py", *argv, "--out", tmp_path) == 0
+    assert len(load_file(tmp_path / "scores.safetensors")["offsets"]) == 2 * 8 + 1
+    assert len(read_log(tmp_path / "log.jsonl", "forget")) == 2
 
 
 def test_the_embedded_experiment_runs_from_start_to_finish(tmp_path, monkeypatch, capsys):
