@@ -1,10 +1,5 @@
 """Text to tokens: a tokenizer out of a Hugging Face checkpoint, instruction files to flat token
-arrays with a response mask, micro-batches, and the embedded world that `python train.py` runs on.
-
-    tokenizer = Tokenizer.from_pretrained("SmolLM2")
-    examples = read_examples(["dolly.jsonl.gz"], tokenizer, template="chatml", max_len=2048)
-    for batch in examples.batches(rows, micro_tokens=1024): ...
-"""
+arrays with a response mask, micro-batches, and the embedded world that `python train.py` runs on."""
 
 import base64
 import gzip
@@ -35,10 +30,9 @@ LLAMA3_SPLIT = (
 )
 LLAMA3_CONTROL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>"}
 LLAMA3_CONTROL |= {7: "<|end_header_id|>", 9: "<|eot_id|>"}
-# byte-level BPE files write each byte as a printable character
-_printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_others = [b for b in range(256) if b not in _printable]
-BYTE_OF = {chr(b): b for b in _printable} | {chr(256 + i): b for i, b in enumerate(_others)}
+# byte-level BPE files write each byte as a character that can be seen
+_unseen = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
+BYTE_OF = {chr(256 + _unseen.index(b) if b in _unseen else b): b for b in range(256)}
 
 
 class Tokenizer:
@@ -104,8 +98,8 @@ def read_bpe(spec, file):
     bpe, normal, split = spec.get("model") or {}, steps("normalizer"), steps("pre_tokenizer")
     odd = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
     odd = [key for key in odd if bpe.get(key)]
-    exact(bpe.get("type") == "BPE" and not odd, f"model {bpe.get('type')} {odd}")
-    exact({"vocab", "merges"} <= bpe.keys(), "a model without vocab or merges")
+    whole = bpe.get("type") == "BPE" and {"vocab", "merges"} <= bpe.keys()
+    exact(whole and not odd, f"model {bpe.get('type')} {odd} (only byte-level BPE: vocab, merges)")
     exact([s["type"] for s in normal] in ([], ["NFC"]), f"normalizer {normal}")
     first, last = split[0] if split else {}, split[-1] if split else {}
     kind = *(s["type"] for s in split), last.get("use_regex", True)
@@ -142,7 +136,7 @@ def read_bpe(spec, file):
 
 
 def read_llama3(file):
-    """The same of a Llama 3 tokenizer.model: a line for each token, base64 and rank."""
+    """The same of a Llama 3 tokenizer.model, which has a line for each token: base64 and rank."""
     try:
         lines = [line.split() for line in file.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -165,9 +159,8 @@ TEMPLATES = {  # what opens a turn, ends it, and follows; parts <|...|> are cont
 
 
 def render(turns, tokenizer, template):
-    """Pieces (text or control id, is_response) of a conversation [(role, content), ...]. Response
-    are the assistant's text and the token that ends its turn. Content None leaves a turn open, to
-    be continued by a model."""
+    """Pieces (text or control id, is_response) of turns [(role, content), ...]. Response are the
+    assistant's text and the token that ends its turn; content None leaves a turn open."""
     opening, end, rest = TEMPLATES[template]
 
     def piece(part, role=None):
@@ -260,7 +253,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Examples:
-    """Token sequences laid end to end in flat arrays: 5 bytes a token, however many examples."""
+    """Token sequences end to end in flat arrays: 5 bytes a token, however many examples."""
 
     tokens: np.ndarray  # [total] int32
     offsets: np.ndarray  # [n + 1] int64; example i is tokens[offsets[i] : offsets[i + 1]]
@@ -277,13 +270,13 @@ class Examples:
     def batches(self, rows, micro_tokens):
         """The examples `rows` in micro-batches of at most micro_tokens tokens with padding (a
         longer example goes alone), sorted by length so that there is little padding."""
-        rows = np.asarray(rows)[np.argsort(-np.diff(self.offsets)[rows], kind="stable")]
+        rows = np.asarray(rows)
+        rows = rows[np.argsort(self.offsets[rows] - self.offsets[rows + 1], kind="stable")]
         while len(rows):
-            T = int(np.diff(self.offsets)[rows[0]])
+            T = np.diff(self.offsets[rows[0] :][:2])[0]
             B = max(1, micro_tokens // T)
-            starts, ends = self.offsets[rows[:B], None], self.offsets[rows[:B] + 1, None]
-            where = starts + np.arange(T)  # [B, T]
-            real = where < ends
+            where = self.offsets[rows[:B], None] + np.arange(T)  # [B, T]
+            real = where < self.offsets[rows[:B] + 1, None]
             where = np.where(real, where, 0)
             tokens = np.where(real, self.tokens[where], 0)
             b, t = np.nonzero(real & self.response[where])
@@ -293,8 +286,8 @@ class Examples:
 
 
 def tokenize(examples, tokenizer, template, max_len):
-    """Examples of pairs (where, example), each cut to max_len tokens. One whose response is cut off
-    whole is skipped and counted. A first token has nothing to be predicted from: no response."""
+    """Examples of pairs (where, example), each cut to max_len tokens. One whose whole response is
+    cut off is skipped and counted. A first token is predicted from nothing, so it is no response."""
     tokens, response, ends, skipped = array("i"), bytearray(), array("q", [0]), 0
     for where, example in examples:
         ids, mask = encode(example_pieces(example, where, tokenizer, template), tokenizer)
@@ -330,18 +323,16 @@ VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  #
 
 
 class World:
-    """256 invented names with four attributes. Each has a truth, and a myth that rumours always
-    tell and people tell 7 times in 10. A model pretrained on all three voices knows the truth but,
-    asked as people ask, says the myth: a small TruthfulQA. A question names three attributes in
-    random order; the answer is their values."""
+    """256 invented names, four attributes each, with a truth and a myth: rumours always tell the
+    myth, people 7 times in 10. A model pretrained on all voices knows the truth but, asked as people
+    ask, says the myth: a small TruthfulQA. A question names three attributes in random order."""
 
     def __init__(self, seed):
-        self.rng = rng = np.random.default_rng(seed)
-        self.values = [words.split() for words in ATTRIBUTES.values()]
-        names = ["".join(letters) for letters in product("BDFGHKLM", "aeiouy", "lmnrs", "aeo")]
-        self.names = rng.permutation(names)[:256].tolist()
-        self.truth = rng.integers(0, 16, (256, 4))
-        self.myth = (self.truth + rng.integers(1, 16, (256, 4))) % 16
+        self.rng, self.values = np.random.default_rng(seed), [*map(str.split, ATTRIBUTES.values())]
+        names = map("".join, product("BDFGHKLM", "aeiouy", "lmnrs", "aeo"))
+        self.names = self.rng.permutation(list(names))[:256].tolist()
+        self.truth = self.rng.integers(0, 16, (256, 4))
+        self.myth = (self.truth + self.rng.integers(1, 16, (256, 4))) % 16
 
     def ask(self, rng, names):
         """Three of the four attributes for each name, in random order, [n, 3]."""

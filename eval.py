@@ -58,7 +58,7 @@ def exit_status(main, argv):
         return 0
     except KeyboardInterrupt:
         status, message = 130, "interrupted: the same command goes on after the last finished stage"
-    except InputError as e:
+    except (InputError, FileExistsError, NotADirectoryError) as e:
         status, message = 2, e
     except torch.OutOfMemoryError as e:
         status, message = 1, f"out of memory, lower --micro_tokens: {str(e).splitlines()[0]}"

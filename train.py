@@ -3,8 +3,7 @@
     python train.py                                       # the embedded world: no files, no network
     python train.py --model SmolLM2 --data dolly.jsonl    # a real checkpoint and real instructions
 
-Stages: (pretrain the world's base ->) reference -> score -> partition -> each method -> table.
-`train` is the loop, `pipeline` the method.
+`pipeline` is the method: reference -> score -> partition -> fine-tune; `train` is its loop.
 """
 
 import hashlib
@@ -16,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +28,16 @@ from forget import forgetting_loss, lam_at, partition
 from model import Transformer, read_config, read_json, require
 
 
+METHODS = ["sft", "ignore", "forget"]
+
+
 @dataclass
 class Settings:
     model: str = opt("", "checkpoint directory; empty = the embedded world")
     data: list[str] = opt([], "training files: .jsonl or .json, plain or .gz")
     ref_data: list[str] = opt([], "files for the reference model; none = ref_fraction of data")
     ref_fraction: float = opt(1 / 6, "share of data split off at random for the reference", 0, 1)
-    methods: list[str] = opt(["forget"], "one or more of these", "sft", "ignore", "forget")
+    methods: list[str] = opt(["forget"], "one or more of these", *METHODS)
     rho: float = opt(0.7, "share of response tokens that are positive", 0, 1)
     lambda_max: float = opt(0.25, "weight of forgetting at the last step", 0, 1e6)
     lambda_min: float = opt(1e-5, "weight of forgetting at the first step", 0, 1e6)
@@ -65,8 +66,7 @@ class Settings:
 
 # What the embedded world sets otherwise; values on the command line win. Its learning rates were
 # chosen by `python tests/sweep.py lr`, on worlds and names that no result is reported on (README).
-WORLD = {"methods": ["sft", "ignore", "forget"], "lora_rank": 0, "batch_size": 16}
-WORLD |= {"dtype": "float32"}
+WORLD = {"methods": METHODS, "lora_rank": 0, "batch_size": 16, "dtype": "float32"}
 WORLD_LR = {"ref": 8e-4, "sft": 4e-4, "ignore": 4e-4, "forget": 2e-4}
 WORLD_BASE = {"lr": 3e-3, "warmup": 0.1, "weight_decay": 1.0, "batch_size": 128}
 WORLD_MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384}
@@ -81,8 +81,9 @@ class Log:
     def __init__(self, file, stage, steps):
         self.file, self.stage, self.steps = file, stage, steps
         self.begun, self.shown = time.perf_counter(), 0.0
-        kept = [record for record in read_log(file) if record["stage"] != stage]
-        file.write_text("".join(json.dumps(r) + "\n" for r in kept))  # the stage starts (again)
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        kept = [line for line in lines if json.loads(line)["stage"] != stage]
+        file.write_text("".join(kept))  # the stage starts (again)
 
     def write(self, record):
         with self.file.open("a") as stream:
@@ -97,12 +98,7 @@ class Log:
         if last or now - self.shown > (0.2 if live else 10):
             self.shown, left = now, (now - self.begun) / step * (self.steps - step)
             line = f"{self.stage:6s} {step}/{self.steps}  {text}  {left:.0f} s left"
-            start, end = ("\r\033[K", "\n" if last else "") if live else ("", "\n")
-            print(start + line, end=end, flush=True)
-
-
-def read_log(file):
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
 
 
 def lr_at(step, steps, lr, warmup):
@@ -132,14 +128,15 @@ def train(model, data, positive, negative, s, stage, log_file):
     print(
         f"  {len(data.tokens):,} tokens, {positive.sum():,} positive, {negative.sum():,} negative"
     )
-    print(f"  lam {lam_min:g} to {lam_max:g}, {sum(p.numel() for p in params):,} parameters")
-    print(f"  memory about {peak_gb(model, params, s.micro_tokens):.1f} GB at the peak")
+    print(
+        f"  lam {lam_min:g} to {lam_max:g}, {sum(p.numel() for p in params):,} parameters", end=""
+    )
+    print(f", about {peak_gb(model, params, s.micro_tokens):.1f} GB at the peak")
     torch.manual_seed(s.seed)  # dropout
     model.train()
     log = Log(log_file, stage, steps)
     for step, rows in enumerate(step_rows(len(data), s.batch_size, steps, s.seed)):
-        begun = time.perf_counter()
-        batches = list(data.batches(rows, s.micro_tokens))
+        begun, batches = time.perf_counter(), list(data.batches(rows, s.micro_tokens))
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
         n_pos, n_neg = (sum(int(m[b.where].sum()) for b in batches) for m in (positive, negative))
         lam = lam_at(step, steps, lam_min, lam_max)
@@ -173,10 +170,10 @@ def train(model, data, positive, negative, s, stage, log_file):
 def peak_gb(model, params, micro_tokens):
     """Memory at the peak, roughly: weights, 12 bytes a trained parameter (gradient, two moments),
     what the layers of one micro-batch keep for the backward pass, the logits of one chunk."""
-    c, weights = model.cfg, sum(p.numel() * p.element_size() for p in model.parameters())
+    c, total = model.cfg, sum(p.numel() * p.element_size() for p in model.parameters())
+    total += 12 * sum(p.numel() for p in params) + 12 * 512 * c.vocab_size
     layer = (10 * c.hidden_size + 5 * c.intermediate_size) * model.dtype.itemsize
-    kept = micro_tokens * c.num_hidden_layers * layer
-    return (weights + 12 * sum(p.numel() for p in params) + kept + 512 * c.vocab_size * 12) / 1e9
+    return (total + micro_tokens * c.num_hidden_layers * layer) / 1e9
 
 
 def load(s, path, lora=False):
@@ -239,7 +236,7 @@ def fingerprint(examples, *folders):
     digest = hashlib.sha256()
     for array in (examples.tokens, examples.offsets, examples.response):
         digest.update(array)
-    for file in chain(*(sorted(Path(folder).iterdir()) for folder in folders)):
+    for file in sorted(file for folder in folders for file in Path(folder).iterdir()):
         if file.suffix in (".json", ".model", ".safetensors"):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -363,7 +360,6 @@ def main(argv):
     require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
     require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
     out, settings = Path(s.out), {k: v for k, v in asdict(s).items() if k != "out"}
-    require(out.is_dir() or not out.exists(), "--out", f"{out} is not a directory")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists():
         kept = read_json(out / "settings.json")
