@@ -68,7 +68,7 @@ class Settings:
 # chosen by `python tests/sweep.py lr`, on worlds and names that no result is reported on (README).
 WORLD = {"methods": METHODS, "lora_rank": 0, "batch_size": 16, "dtype": "float32"}
 WORLD_LR = {"ref": 8e-4, "sft": 4e-4, "ignore": 4e-4, "forget": 2e-4}
-WORLD_BASE = {"lr": 3e-3, "warmup": 0.1, "weight_decay": 1.0, "batch_size": 128}
+WORLD_BASE = {"lr": 3e-3, "warmup": 0.1, "weight_decay": 1.0, "batch_size": 128, "lora_rank": 0}
 WORLD_MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384}
 WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
 
@@ -322,7 +322,9 @@ def world_run(s, world, base, out, rates, names="test"):
     parts = (sets["train"], sets["ref"])
     data, ref_data = (tokenize(enumerate(p), tokenizer, s.template, s.max_len) for p in parts)
     scores, table = pipeline(s, base, data, ref_data, out, rates), {}
-    for group, questions in (("unseen names", sets[names]), ("wrong facts", sets["wrong"])):
+    groups = {"unseen names": sets[names]}
+    groups |= {"wrong facts": sets["wrong"]} if sets["told"].any() else {}
+    for group, questions in groups.items():
         for row in ("base", *s.methods):
             model = load(s, base if row == "base" else out / row)
             table[f"{row}, {group}"] = quiz(model, tokenizer, *questions, s.seed)
@@ -332,8 +334,9 @@ def world_run(s, world, base, out, rates, names="test"):
     response, told = data.response, np.pad(sets["told"], ((0, 0), (0, 1))).ravel()  # ends are right
     influence = (scores["nll_base"] - scores["nll_ref"]).numpy()[response]
     negative = scores["positive"].numpy()[response] == 0
-    found = {"AUC": auc(influence[~told], influence[told]), "precision": told[negative].mean()}
-    table["score, wrong tokens"] = found | {"recall": negative[told].mean()}
+    if told.any():
+        found = {"AUC": auc(influence[~told], influence[told]), "recall": negative[told].mean()}
+        table["score, wrong tokens"] = found | {"precision": told[negative].mean()}
     return table
 
 

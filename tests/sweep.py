@@ -67,7 +67,7 @@ def measure(pool, out, worlds, names, changes=None, rates=None):
 
 
 def show(label, tables, rows):
-    for row in rows:
+    for row in (row for row in rows if row in tables[0]):
         cells = (f"{m} {spread([t[row][m] for t in tables])}" for m in tables[0][row])
         print(f"{label:<28} {row:<32} {'  '.join(cells)}", flush=True)
 
@@ -78,7 +78,7 @@ def spread(values):
 
 def differences(label, tables, a, b):
     """Paired over runs: mean difference and its standard error."""
-    for group in (UNSEEN, WRONG):
+    for group in (group for group in (UNSEEN, WRONG) if f"{a}, {group}" in tables[0]):
         cells = []
         for m in METRICS:
             d = np.array([t[f"{a}, {group}"][m] - t[f"{b}, {group}"][m] for t in tables])
@@ -96,7 +96,7 @@ def choose(pool, out):
             changes = {"methods": [m for m in METHODS if m in stages]}
             tables = measure(pool, out, CHOICE, "validation", changes, rates)
             rows = [f"{stage}, {group}" for group in (UNSEEN, WRONG) for stage in stages]
-            show(f"lr {lr:g}", tables, [row for row in rows if row in tables[0]])
+            show(f"lr {lr:g}", tables, rows)
             for stage in stages:
                 accuracy[stage].append(np.mean([t[f"{stage}, {UNSEEN}"]["greedy"] for t in tables]))
         best |= {stage: GRID[int(np.argmax(a))] for stage, a in accuracy.items()}
