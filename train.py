@@ -67,7 +67,7 @@ class Settings:
 # What the embedded world sets otherwise; values on the command line win. Its learning rates were
 # chosen by `python tests/sweep.py lr`, on worlds and names that no result is reported on (README).
 WORLD = {"methods": METHODS, "lora_rank": 0, "batch_size": 16, "dtype": "float32"}
-WORLD_LR = {"ref": 8e-4, "sft": 4e-4, "ignore": 4e-4, "forget": 2e-4}
+WORLD_LR = {"ref": 1.1e-3, "sft": 5.6e-4, "ignore": 2.8e-4, "forget": 2.8e-4}
 WORLD_BASE = {"lr": 3e-3, "warmup": 0.1, "weight_decay": 1.0, "batch_size": 128, "lora_rank": 0}
 WORLD_MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384}
 WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
