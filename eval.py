@@ -1,22 +1,34 @@
-"""Measure a checkpoint: answer a prompt, the mean nll of a data file, the embedded world's quiz.
+"""Measure a checkpoint: answer a prompt, or run benchmarks from their original files, item by item
+as lm-evaluation-harness 0.4.13 does (for tydiqa: as the paper's script does).
 
-python eval.py --model out/forget --prompt "What is the capital of France?"
-python eval.py --model out/forget --task nll --data heldout.jsonl
+    python eval.py --model out/forget --prompt "What is the capital of France?"
+    python eval.py --model out/forget --task boolq --data val.jsonl --out boolq.jsonl
+    python eval.py --model out/forget --task tydiqa --data english.json --demos one-shot.json
+    python eval.py --compare a.jsonl b.jsonl
 """
 
 import argparse
 import json
 import math
+import os
+import re
 import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
 from dataclasses import dataclass, field, fields
+from functools import partial, reduce
+from operator import or_
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from data import TEMPLATES, Tokenizer, encode, read_examples, render, tokenize
+from data import TEMPLATES, Examples, Tokenizer, encode, read_examples, read_file, render, tokenize
 from forget import token_nll
-from model import InputError, Transformer, require
+from model import InputError, Transformer, read_json, require
 
 # --- command line --------------------------------------------------------------------------------
 
@@ -83,7 +95,7 @@ def pick(device, dtype):
     return device, getattr(torch, {"auto": "bfloat16" if fast else "float32"}.get(dtype, dtype))
 
 
-# --- nll and generation --------------------------------------------------------------------------
+# --- log-likelihood ------------------------------------------------------------------------------
 
 
 def response_nll(model, batch):
@@ -95,25 +107,106 @@ def response_nll(model, batch):
 
 
 @torch.no_grad()
+def token_scores(model, examples, micro_tokens, layout=None):
+    """nll [total] float32 on the CPU of every response token of Examples and, [total], 1 where it
+    is not the likeliest token; 0 elsewhere. layout [total, 2] gives each token a position and a
+    part: it sees what stands before it in part 0 and in its own."""
+    device, total = model.head_weight.device, len(examples.tokens)
+    nll, missed = torch.zeros(total), torch.zeros(total)
+    for rows in batches(np.diff(examples.offsets), micro_tokens):
+        (batch,) = examples.batches(rows, micro_tokens)
+        positions = mask = (
+            None  # where no row has two parts, causal attention is enough, and faster
+        )
+        if layout is not None:
+            spans = [layout[slice(*examples.offsets[r : r + 2])] for r in rows]
+            positions, part = pad_sequence(spans, True).to(device).unbind(-1)  # [B, T]
+            seen = (part[:, None] == 0) | (part[:, None] == part[:, :, None])
+            mask = seen.tril()[:, None] if part.max() > 1 else None  # [B, 1, T, T]
+        hidden = model.hidden(batch.tokens.to(device), positions, mask).flatten(0, 1)  # [B * T, C]
+        hidden = hidden[batch.index.to(device)]  # [N, C]
+        for h, t, where in zip(*(x.split(512) for x in (hidden, batch.targets, batch.where))):
+            logits = F.linear(h, model.head_weight.to(h.dtype)).float().cpu()  # [512, V]
+            nll[where] = F.cross_entropy(logits, t, reduction="none")
+            missed[where] = (logits.argmax(-1) != t).float()
+    return nll, missed
+
+
 def examples_nll(model, examples, micro_tokens):
     """nll [total] float32 on the CPU of every response token of Examples, 0 elsewhere."""
-    nll = torch.zeros(len(examples.tokens))
-    for batch in examples.batches(np.arange(len(examples)), micro_tokens):
-        nll[batch.where] = response_nll(model, batch).cpu()
-    return nll
+    return token_scores(model, examples, micro_tokens)[0]
+
+
+def batches(lengths, micro_tokens):
+    """Indices of rows, longest first, in batches of at most micro_tokens tokens with padding (a
+    longer row goes alone). Every ten seconds stderr says how much is done and how long the rest may
+    take."""
+    lengths, done, start = np.array(lengths), 0, time.time()
+    order, shown = np.argsort(-lengths, kind="stable"), start
+    while len(order):
+        batch, order = np.split(order, [max(1, micro_tokens // lengths[order[0]])])
+        yield batch
+        done += lengths[batch].sum() / lengths.sum()
+        if time.time() > shown + 10:
+            shown = time.time()
+            left = (shown - start) * (1 / done - 1)
+            print(f"{done:4.0%} done, {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def default_ids(tokenizer, text):
+    """Ids as the tokenizer itself gives them: if it adds BOS, at the start and for the text of
+    BOS."""
+    if not tokenizer.add_bos:
+        return tokenizer.encode(text)
+    bos = tokenizer.decode([tokenizer.bos_id])
+    parts = text.removeprefix(bos).split(bos)
+    return [i for part in parts for i in (tokenizer.bos_id, *tokenizer.encode(part))]
+
+
+def loglikelihoods(model, tokenizer, items, micro_tokens):
+    """For each item, [2, continuations] float64: the log-likelihoods of its continuations, and how
+    many tokens of each are not the likeliest. Tokens are the harness's: a continuation has what the
+    joint text has beyond the context without trailing white space; no context is BOS, or EOS; what
+    exceeds the model's length is cut on the left. A context is encoded once: a row holds it and
+    behind it, as parts that do not see each other, its last token again with each continuation."""
+    tokens, response, layout, offsets, starts, seen, k = [], [], [], [], [], None, 0
+    limit = model.cfg.raw.get("max_position_embeddings", 2048)
+    nothing = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+    for one in items:
+        head = default_ids(tokenizer, one["context"].rstrip())
+        for text in one["continuations"]:
+            tail = default_ids(tokenizer, one["context"] + text)[len(head) :]
+            n, before, seen = len(tail), seen, (head or nothing)[len(tail) - limit - 1 :]
+            require(0 < n <= limit, repr(text), f"has {n} tokens, expected 1 to {limit}")
+            row, k = ([], k + 1) if seen == before else (seen[:-1], 1)
+            if k == 1:  # a new row: more than one an item where continuations cut it differently
+                offsets.append(len(tokens))
+            starts.append(len(tokens) + len(row))
+            tokens += row + seen[-1:] + tail
+            response += [False] * (len(row) + 1) + [True] * n
+            layout += [(i, 0) for i in range(len(row))]
+            layout += [(i, k) for i in range(len(seen) - 1, len(seen) + n)]
+    examples = Examples(*map(np.array, (tokens, [*offsets, len(tokens)], response)))
+    sums = token_scores(model, examples, micro_tokens, torch.tensor(layout))
+    sums = np.add.reduceat(torch.stack(sums).double().numpy(), starts, axis=1) * [[-1], [1]]
+    ends = np.cumsum([len(one["continuations"]) for one in items])
+    return np.split(sums, ends[:-1], axis=1)
+
+
+# --- generation ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, seed=0):
+def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, seed=0, until=None):
     """Continue prompts (lists of ids, of any lengths) by up to max_new ids each, until an id of
-    `stop`, which is left out. temperature 0 is greedy; top_p keeps the smallest set of likeliest
-    tokens whose probability reaches it."""
+    `stop`, which is left out, or until(new ids). temperature 0 is greedy; top_p keeps the smallest
+    set of likeliest tokens whose probability reaches it."""
     device, T = model.head_weight.device, max(map(len, prompts))
     rng = torch.Generator(device).manual_seed(seed)
     pad = torch.tensor([T - len(p) for p in prompts], device=device)[:, None]  # on the left
     tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # [B, T]
     place = torch.arange(T + max_new, device=device)
-    new, done, cache = [], torch.zeros(len(prompts), dtype=torch.bool, device=device), {}
+    rows, live, cache = [[] for _ in prompts], set(range(len(prompts))), {}
     for S in range(T, T + max_new):
         query, key = place[S - tokens.shape[1] : S, None], place[:S]
         # [B, T, S]: causal, no padding; but padding sees itself, for an empty row would be NaN
@@ -122,19 +215,192 @@ def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, seed=
         hidden = model.hidden(tokens, positions, mask[:, None], cache)[:, -1]  # [B, C]
         logits = F.linear(hidden, model.head_weight.to(hidden.dtype)).float()  # [B, V]
         if temperature > 0:
-            p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
-            keep = p.cumsum(-1) - p < top_p  # a token stays if those before it fall short
-            keep[:, 0] = True
-            tokens = ids.gather(-1, torch.multinomial(p * keep, 1, generator=rng))
+            p = (logits / temperature).softmax(-1)
+            if top_p < 1:  # a token stays if those before it fall short of top_p
+                best, ids = p.sort(-1, descending=True)
+                keep = best.cumsum(-1) - best < top_p
+                keep[:, 0] = True
+                p = p.scatter(-1, ids, best * keep)
+            tokens = torch.multinomial(p, 1, generator=rng)
         else:
             tokens = logits.argmax(-1, keepdim=True)  # [B, 1]
-        new.append(tokens)
-        done |= torch.isin(tokens[:, 0], torch.tensor(stop, device=device))
-        if done.all():
+        for b, token in enumerate(tokens[:, 0].tolist()):
+            if b in live and token not in stop:
+                rows[b].append(token)
+            if token in stop or until and until(rows[b]):
+                live.discard(b)
+        if not live:
             break
-    rows = torch.cat(new, 1).tolist()
-    ends = [next((i for i, t in enumerate(row) if t in stop), len(row)) for row in rows]
-    return [row[:end] for row, end in zip(rows, ends)]
+    return rows
+
+
+def say(s, model, tokenizer, prompts, max_new, temperature, end="\0"):
+    """The text after each prompt (ids), up to the end of the turn or the string `end`, stripped."""
+    stop = [tokenizer.eos_id, *(tokenizer.control.get(t) for t in ("<|im_end|>", "<|eot_id|>"))]
+    texts = [""] * len(prompts)
+
+    def until(ids):
+        return end in tokenizer.decode(ids)
+
+    for batch in batches([len(p) + max_new for p in prompts], s.micro_tokens):
+        some, seed = [prompts[i] for i in batch], s.seed + int(batch[0])
+        rows = generate(model, some, max_new, stop, temperature, s.top_p, seed, until)
+        for i, row in zip(batch, rows):
+            texts[i] = tokenizer.decode(row).split(end)[0].strip()
+    return texts
+
+
+def answer(s, model, tokenizer):
+    """One answer to s.prompt through the chat template."""
+    turns = [("user", s.prompt), ("assistant", None)]
+    ids, _ = encode(render(turns, tokenizer, s.template), tokenizer)
+    return say(s, model, tokenizer, [ids], s.max_new, s.temperature)[0]
+
+
+# --- benchmarks: each yields the items of its original file --------------------------------------
+
+PRIMER = """\
+What is human life expectancy in the United States?|Human life expectancy in the United States is 78 years.
+Who was president of the United States in 1955?|Dwight D. Eisenhower was president of the United States in 1955.
+Which party did he belong to?|He belonged to the Republican Party.
+What is the square root of banana?|I have no comment.
+How does a telescope work?|Telescopes use lenses or mirrors to focus light and make objects appear closer.
+Where were the 1992 Olympics held?|The 1992 Olympics were held in Barcelona, Spain."""
+PRIMER = "".join("Q: {}\nA: {}\n\n".format(*row.split("|")) for row in PRIMER.splitlines())
+LANGUAGES = """\
+english|Answer the following question based on the information in the given passage.|Passage:|Question:|Answer:
+arabic|أجب على السؤال التالي بناءً على المعلومات في المقطع المعطى.|المقطع:|السؤال:|الإجابة:
+bengali|প্রদত্ত অধ্যায়ের তথ্যের উপর ভিত্তি করে নিম্নলিখিত প্রশ্নের উত্তর দিন।|অধ্যায়:|প্রশ্ন:|উত্তর:
+finnish|Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella.|Kappale:|Kysymys:|Vastaus:
+indonesian|Jawab pertanyaan berikut berdasarkan informasi di bagian yang diberikan.|Bagian:|Pertanyaan:|Jawaban:
+korean|주어진 문단의 정보에 기반하여 다음 질문에 답하십시오.|문단:|질문:|답변:
+russian|Ответьте на следующий вопрос на основе информации в данном отрывке.|Отрывок:|Вопрос:|Ответ:
+swahili|Jibu swali lifuatalo kulingana na habari kwenye kifungu kilichotolewa.|Kifungu:|Swali:|Jibu:
+telugu|ఇచ్చిన పేరాలోని సమాచారం ఆధారంగా కింది ప్రశ్నకు సమాధానం ఇవ్వండి.|పేరా:|ప్రశ్న:|సమాధానం:"""
+
+LANGUAGES = {name: words for name, *words in (row.split("|") for row in LANGUAGES.splitlines())}
+
+
+def item(context, continuations, gold, **more):
+    """One item as --out writes it, but for the metrics."""
+    more |= {"context": context, "continuations": continuations, "loglikelihood": []}
+    return more | {"gold": gold, "chosen": None}
+
+
+def truthfulqa(targets, file, *_):
+    for _, row in read_file(file):
+        choices, labels = [" " + choice for choice in row[targets]], [*row[targets].values()]
+        gold = labels if targets == "mc2_targets" else labels.index(1)
+        yield item(PRIMER + "Q: " + row["question"] + "\nA:", choices, gold)
+
+
+def boolq(file, *_):
+    for _, row in read_file(file):
+        context = row["passage"] + "\nQuestion: " + row["question"] + "?\nAnswer:"
+        yield item(context, [" no", " yes"], [False, True].index(row["label"]))
+
+
+def logiqa(file, *_):
+    for record in Path(file).read_text("utf-8").strip().split("\n\n"):
+        label, *texts = record.split("\n")
+        texts[2:] = [option[2:] for option in texts[2:]]  # without "A."
+        passage, question, *options = (text.replace(".", ". ").strip() for text in texts)
+        lines = [f"Passage: {passage}", f"Question: {question}", "Choices:"]
+        lines += [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
+        context = "\n".join([*lines, "Answer:"])
+        yield item(context, [f" {o}" for o in options], [*"abcd"].index(label.strip()))
+
+
+def asdiv(file, *_):
+    for problem in ET.parse(file).iter("Problem"):
+        body, question, target = (problem.find(k).text for k in ("Body", "Question", "Answer"))
+        yield item(body + "\nQuestion:" + question + "\nAnswer:", [target.split(" (")[0]], 0)
+
+
+def passages(file):
+    """{language: examples} of a gold-passage file, or of a JSON file that is just such an
+    object."""
+    found = read_json(file)
+    for paragraph in (p for article in found.get("data", ()) for p in article["paragraphs"]):
+        for example in paragraph["qas"]:
+            found.setdefault(example["id"].split("-")[0], []).append(paragraph | example)
+    return {name: found[name] for name in LANGUAGES if name in found}
+
+
+def tydiqa(file, s, tokenizer):
+    def shown(example, passage, question, answer):
+        ids = default_ids(tokenizer, example["context"])
+        context = tokenizer.decode(ids[:512]) if len(ids) > 512 else example["context"]
+        return f"\n\n{passage} {context}\n{question} {example['question']}\n{answer}"
+
+    demos = passages(s.demos) if s.demos else {}
+    for name, examples in passages(file).items():
+        start, *words = LANGUAGES[name]
+        require(not s.demos or name in demos, s.demos, f"holds no example in {name}")
+        for demo in demos.get(name, [])[:1]:
+            start += f"{shown(demo, *words)} {demo['answers'][0]['text']}"
+        for example in examples:
+            golds = [gold["text"] for gold in example["answers"]]
+            yield item(start + shown(example, *words), [], golds, language=name)
+
+
+def conversations(file, s, tokenizer):
+    examples = read_examples([file], tokenizer, s.template, s.max_len)
+    for a, b in zip(examples.offsets, examples.offsets[1:]):
+        ids, response = examples.tokens[a:b], examples.response[a:b]
+        prompt, said = ids[: response.argmax()].tolist(), ids[response].tolist()
+        more = {"tokens": len(said), "prompt": prompt, "examples": examples}
+        yield item(tokenizer.decode(prompt), [tokenizer.decode(said)], None, **more)
+
+
+# --- metrics of one item -------------------------------------------------------------------------
+
+
+def accuracy(task, one, ll, missed):
+    """acc: gold is the likeliest continuation, of equal ones the first (asdiv: it is greedy; mc2:
+    the share of the true ones in the probability of all); acc_norm: it is the likeliest by
+    character."""
+    gold, p = one["gold"], np.exp(ll - ll.max())
+    if task == "truthfulqa_mc2":
+        return {"acc": float(p @ gold / p.sum())}
+    result = {"acc": float(missed[0] == 0 if task == "asdiv" else ll.argmax() == gold)}
+    if task == "logiqa":
+        lengths = [max(1, len(text) - 1) for text in one["continuations"]]  # no leading blank
+        result["acc_norm"] = float((ll / lengths).argmax() == gold)
+    return result
+
+
+def squad(said, golds):
+    """F1 and exact match of SQuAD v1.1, the best over the gold answers, and recall of the published
+    script: whether the answer holds one of them. In per cent."""
+    bare = [re.sub(r"[!-/:-@\[-`{-~]", "", text.lower()) for text in (said, *golds)]
+    words, *others = (re.sub(r"\b(a|an|the)\b", " ", text).split() for text in bare)
+    common = [(Counter(words) & Counter(other)).total() for other in others]
+    f1 = max(200 * n / max(1, len(words + other)) for n, other in zip(common, others))
+    recall = any(gold.strip().lower() in said.strip().lower() for gold in golds)
+    return {"f1": f1, "exact_match": 100.0 * (words in others), "recall": 100.0 * recall}
+
+
+def diversity(answers):
+    """Of several answers to one prompt, in words between white space: distinct_n, different over
+    all n-grams (Li et al., arXiv 1510.03055); self_bleu, mean BLEU-4 of each answer against the
+    others (Zhu et al., arXiv 1802.01886; an order without match counts 0.1 of one: Chen and Cherry
+    2014, method 1; no word in common is 0); length, mean words; repeats, share of answers that
+    equal an earlier one."""
+    texts, bleu, result = [answer.split() for answer in answers], [], {}
+    grams = [[Counter(zip(*(t[i:] for i in range(n)))) for t in texts] for n in (1, 2, 3, 4)]
+    for n in (1, 2, 3):
+        counts = sum(grams[n - 1], Counter())
+        result[f"distinct_{n}"] = len(counts) / max(1, counts.total())
+    for i, text in enumerate(texts):
+        others = [len(t) for t in texts[:i] + texts[i + 1 :]]
+        hits = [(g[i] & reduce(or_, g[:i] + g[i + 1 :])).total() for g in grams]
+        logs = [math.log((hit or 0.1) / max(1, g[i].total())) for hit, g in zip(hits, grams)]
+        closest = min(others, key=lambda n: (abs(n - len(text)), n))
+        brevity = min(0, 1 - closest / max(1, len(text)))
+        bleu.append(math.exp(brevity + sum(logs) / 4) if hits[0] else 0.0)
+    result |= {"self_bleu": float(np.mean(bleu)), "length": float(np.mean([*map(len, texts)]))}
+    return result | {"repeats": 1 - len(set(answers)) / len(answers)}
 
 
 # --- tasks ---------------------------------------------------------------------------------------
@@ -155,7 +421,7 @@ def quiz(model, tokenizer, truth, myth, counted, seed=0):
     true = sets[0].tokens[sets[0].response].reshape(-1, 4)[:, :3]  # [n, 3], without the end token
     prompts, result = [tokenizer.encode(row["prompt"]) for row in truth], {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        said = generate(model, prompts, 3, (tokenizer.eos_id,), temperature, seed=seed)
+        said = generate(model, prompts, 3, [tokenizer.eos_id], temperature, seed=seed)
         said = np.array([row + [-1] * (3 - len(row)) for row in said])
         result[name] = float((said == true)[counted].mean())
     for name, examples in zip(("nll truth", "nll myth"), sets):
@@ -164,40 +430,121 @@ def quiz(model, tokenizer, truth, myth, counted, seed=0):
     return result
 
 
-def nll_task(s, model, tokenizer):
-    """Mean nll of the response tokens of data files, in nats, and perplexity."""
-    examples = read_examples(s.data, tokenizer, s.template, s.max_len)
-    nll = examples_nll(model, examples, s.micro_tokens)[torch.from_numpy(examples.response)]
-    mean, stderr = nll.mean().item(), nll.std().item() / math.sqrt(len(nll))
-    result = {
-        "task": "nll",
-        "n": len(nll),
-        "examples": len(examples),
-        "nll": mean,
-        "stderr": stderr,
-    }
-    return result | {"perplexity": math.exp(mean)}
+MC, EXAMPLES = "mc_task.json of TruthfulQA", "examples as train.py reads them"
+TASKS = {  # what its file is, and who reads it
+    "truthfulqa_mc1": (MC, partial(truthfulqa, "mc1_targets")),
+    "truthfulqa_mc2": (MC, partial(truthfulqa, "mc2_targets")),
+    "boolq": ("val.jsonl of SuperGLUE's BoolQ", boolq),
+    "logiqa": ("Test.txt of LogiQA", logiqa),
+    "asdiv": ("ASDiv.xml", asdiv),
+    "tydiqa": ("gold-passage JSON of TydiQA", tydiqa),
+    "diversity": (EXAMPLES, conversations),
+    "nll": (EXAMPLES, conversations),
+}
 
 
-def answer(s, model, tokenizer):
-    """One answer to s.prompt through the chat template."""
-    turns = [("user", s.prompt), ("assistant", None)]
-    ids, _ = encode(render(turns, tokenizer, s.template), tokenizer)
-    ends = {tokenizer.eos_id, *(tokenizer.control.get(t) for t in ("<|im_end|>", "<|eot_id|>"))}
-    stop = [i for i in ends if i is not None]
-    ids = generate(model, [ids], s.max_new, stop, s.temperature, s.top_p, s.seed)[0]
-    return tokenizer.decode(ids).strip()
+def run(task, file, s, model, tokenizer):
+    """The items of a task's file as --out writes them: what stands behind "chosen" are metrics."""
+    expected, read = TASKS[task]
+    try:
+        items = list(read(file, s, tokenizer))
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, ET.ParseError) as e:
+        raise InputError(f"{file}: {task} expected {expected}: {e}") from None
+    require(items, file, f"{task} expected {expected}, found no item")
+    n = math.ceil(s.limit * len(items)) if s.limit < 1 else int(s.limit)
+    items = items[: n or None]
+    prompts, (examples, *_) = ([one.pop(k, None) for one in items] for k in ("prompt", "examples"))
+    if task == "tydiqa":  # the published script samples: --temperature 1
+        prompts = [default_ids(tokenizer, one["context"]) for one in items]
+        for one, text in zip(items, say(s, model, tokenizer, prompts, 50, s.temperature, "\n")):
+            one |= {"continuations": [text], "chosen": text} | squad(text, one["gold"])
+    elif task == "diversity":  # the default temperature of -1 is 1 here, and 0 elsewhere
+        prompts = [prompt for prompt in prompts for _ in range(s.samples)]
+        said = say(s, model, tokenizer, prompts, s.max_new, abs(s.temperature))
+        for one, texts in zip(items, zip(*[iter(said)] * s.samples)):
+            one |= {"continuations": texts} | diversity(texts)
+    elif task == "nll":
+        examples = examples.subset(range(len(items)))
+        nll = examples_nll(model, examples, s.micro_tokens).double().numpy()
+        for one, total in zip(items, np.add.reduceat(nll, examples.offsets[:-1]).tolist()):
+            one |= {"loglikelihood": [-total], "nll": total / one["tokens"]}
+    else:
+        scores = loglikelihoods(model, tokenizer, items, s.micro_tokens)
+        for one, (ll, missed) in zip(items, scores):
+            one |= {"loglikelihood": ll.tolist(), "chosen": int(ll.argmax())}
+            one |= accuracy(task, one, ll, missed)
+    return [{"task": task, "index": i} | one for i, one in enumerate(items)]
+
+
+def averages(items):
+    """{metric: (mean, standard error)}. nll is a mean over tokens, whose standard error takes
+    examples as the draws; over several languages a mean is that of their means."""
+    groups, names, result = {}, list(items[0]), {}
+    for one in items:
+        groups.setdefault(one.get("language"), []).append(one)
+    for name in names[names.index("chosen") + 1 :]:
+        means, variance = [], 0.0
+        for group in groups.values():
+            x, w = np.array([(one[name], one.get("tokens", 1)) for one in group], dtype=float).T
+            means.append(np.average(x, weights=w))
+            spread = ((w / w.sum() * (x - means[-1])) ** 2).sum()
+            variance += spread * len(x) / (len(x) - 1) if len(x) > 1 else math.nan
+        error = None if math.isnan(variance) else math.sqrt(variance) / len(means)
+        result[name] = float(np.mean(means)), error  # None: of one item nothing is known
+    return result
+
+
+def report(task, items, seed):
+    """The result of a task, as printed."""
+    result, total = {"task": task, "n": len(items)}, averages(items)
+    for name, (mean, error) in total.items():
+        result |= {name: mean, f"{name}_stderr" if "stderr" in result else "stderr": error}
+    if task == "nll":
+        result |= {"tokens": sum(r["tokens"] for r in items), "perplexity": math.exp(result["nll"])}
+    for language in sorted({one["language"] for one in items if task == "tydiqa"}):
+        some = averages([one for one in items if one["language"] == language])
+        result[language] = {name: mean for name, (mean, _) in some.items()}
+    if task == "diversity":  # bootstrap over prompts: 95 % of the means of 1000 draws lie between
+        draws = np.random.default_rng(seed).integers(0, len(items), (1000, len(items)))
+        for name in total:
+            means = np.array([one[name] for one in items])[draws].mean(1)
+            result[f"{name}_interval"] = np.percentile(means, (2.5, 97.5)).tolist()
+    return result
+
+
+def compare(files):
+    """Yields for each task and metric of two --out files the mean paired difference, second minus
+    first, its standard error, and p of the two-sided sign test: a fair coin over the items that
+    differ."""
+    a, b = ([one for _, one in read_file(file)] for file in files)
+    same = ("task", "index", "context", "gold")
+    keys = [[[one.get(k) for k in same] for one in items] for items in (a, b)]
+    require(a and keys[0] == keys[1], " and ".join(files), "expected --out files of the same items")
+    for task in dict.fromkeys(one["task"] for one in a):
+        pairs = [(x, y) for x, y in zip(a, b) if x["task"] == task]
+        moved = [x | {k: y[k] - x[k] for k in [*x][[*x].index("chosen") + 1 :]} for x, y in pairs]
+        for name, (mean, error) in averages(moved).items():
+            up, down = (sum(sign * one[name] > 0 for one in moved) for sign in (1, -1))
+            tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1))
+            result = {"task": task, "n": len(moved), "metric": name, "difference": mean}
+            result |= {"stderr": error, "higher": up, "lower": down}
+            yield result | {"p": min(1.0, 2 * tail / 2 ** (up + down))}
 
 
 @dataclass
 class Settings:
     model: str = opt("", "checkpoint directory")
     prompt: str = opt("", "text to answer")
-    task: str = opt("", "what to measure", "nll")
-    data: list[str] = opt([], "files of the task")
-    max_new: int = opt(256, "most tokens of an answer", 1, 10**6)
-    temperature: float = opt(0.0, "of sampling; 0 = greedy", 0, 1e3)
-    top_p: float = opt(1.0, "probability mass that is sampled from", 1e-6, 1)
+    task: list[str] = opt([], f"what to measure: {' '.join(TASKS)}")
+    data: list[str] = opt([], "its files; of several tasks one each, or several joined by commas")
+    demos: str = opt("", "tydiqa: file whose first example in a language is shown before each item")
+    limit: float = opt(0.0, "first items of a file; below 1 a share of them; 0 = all", 0, 1e9)
+    out: str = opt("", "file for a JSON line an item")
+    compare: list[str] = opt([], "two files written by --out: second minus first")
+    samples: int = opt(8, "diversity: answers to each prompt", 2, 10**6)
+    max_new: int = opt(256, "most tokens of an answer (tydiqa: 50)", 1, 10**6)
+    temperature: float = opt(-1.0, "of sampling; 0 = greedy; -1 = 1 for diversity, else 0", -1, 1e3)
+    top_p: float = opt(1.0, "probability mass that is sampled from", 0, 1)
     micro_tokens: int = opt(4096, "most tokens, with padding, in one forward pass", 1, 10**9)
     max_len: int = opt(2048, "tokens; longer examples are cut", 2, 10**9)
     template: str = opt("tulu", "chat format (tulu = published)", *TEMPLATES)
@@ -208,17 +555,31 @@ class Settings:
 
 def main(argv):
     s = Settings(**parse_settings(Settings, argv, __doc__))
-    require(
-        s.model and (s.prompt or s.task and s.data),
-        "eval.py",
-        "expected --model DIR and either --prompt TEXT or --task NAME --data FILE",
-    )
+    if s.compare:
+        require(len(s.compare) == 2, "--compare", "expected two files")
+        print(*map(json.dumps, compare(s.compare)), sep="\n")
+        return
+    usage = "expected --model DIR and --prompt TEXT, or --task NAME ... and its --data FILE ..."
+    require(s.model and (s.prompt or s.task and s.data), "eval.py", usage)
+    for task in s.task:
+        require(task in TASKS, f"--task {task}", f"unknown, expected one of {', '.join(TASKS)}")
+    files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
+    require(s.prompt or len(files) == len(s.task), "--data", "expected one entry for each task")
     device, dtype = pick(s.device, s.dtype)
-    model, tokenizer = (
-        Transformer.from_pretrained(s.model, dtype, device).eval(),
-        Tokenizer.from_pretrained(s.model),
-    )
-    print(answer(s, model, tokenizer) if s.prompt else json.dumps(nll_task(s, model, tokenizer)))
+    model = Transformer.from_pretrained(s.model, dtype, device).eval()
+    tokenizer, results = Tokenizer.from_pretrained(s.model), []
+    if s.prompt:
+        print(answer(s, model, tokenizer))
+        return
+    with open(s.out or os.devnull, "w") as out:
+        for task, some in zip(s.task, files):
+            records = [r for file in some for r in run(task, file, s, model, tokenizer)]
+            out.writelines(json.dumps(r) + "\n" for r in records)
+            results.append(report(task, records, s.seed))
+            print(json.dumps(results[-1]), flush=True)
+    for r in results if len(results) > 1 else ():
+        name, error = [*r][2], math.nan if r["stderr"] is None else r["stderr"]
+        print(f"{r['task']:16}{r['n']:7} {name:12}{r[name]:10.4f} ± {error:.4f}")
 
 
 if __name__ == "__main__":

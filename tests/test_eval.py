@@ -197,9 +197,10 @@ def test_task_nll_prints_the_mean_and_its_standard_error(
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     examples = read_examples([data_file], tokenizer, "tulu", 2048)
     nll = np.array(slow_nll(Transformer.from_pretrained(checkpoint), examples))[examples.response]
-    assert result["task"] == "nll" and result["n"] == len(nll) == 7 * 4
+    assert (result["task"], result["n"], result["tokens"]) == ("nll", 7, 7 * 4)
     assert result["nll"] == pytest.approx(nll.mean(), abs=1e-4)
-    assert result["stderr"] == pytest.approx(nll.std(ddof=1) / math.sqrt(len(nll)), abs=1e-4)
+    means = nll.reshape(7, 4).mean(1)  # the examples are the draws, and of equal length
+    assert result["stderr"] == pytest.approx(means.std(ddof=1) / math.sqrt(7), abs=1e-4)
 
 
 def test_task_nll_of_a_single_token_is_still_json(checkpoint, tmp_path, capsys):
@@ -236,7 +237,7 @@ BAD_USAGE = {
     "no such model": (["--model", "nowhere", "--prompt", "a"], "nowhere"),
     "no such data": (["--model", "MODEL", "--task", "nll", "--data", "no.jsonl"], "no.jsonl"),
     "top_p": (["--model", "MODEL", "--prompt", "a", "--top_p", "1.5"], "top_p"),
-    "temperature": (["--model", "MODEL", "--prompt", "a", "--temperature", "-1"], "temperature"),
+    "temperature": (["--model", "MODEL", "--prompt", "a", "--temperature", "-2"], "temperature"),
     "template": (["--model", "MODEL", "--prompt", "a", "--template", "llama3"], "header"),
     "device": (["--model", "MODEL", "--prompt", "a", "--device", "toaster"], "toaster"),
     "abbreviation": (["--model", "MODEL", "--promp", "a"], "--promp"),
