@@ -173,7 +173,7 @@ def test_response_nll_is_differentiable_and_in_the_order_of_the_batch():
 @pytest.fixture
 def data_file(tmp_path):
     file = tmp_path / "heldout.jsonl"
-    pairs = [{"prompt": f"people {i}", "completion": "amber ale barn"} for i in range(7)]
+    pairs = [{"prompt": f"people {i}", "completion": "ash ale barn"} for i in range(7)]
     file.write_text("\n".join(map(json.dumps, pairs)))
     return file
 
