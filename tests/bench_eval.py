@@ -5,8 +5,9 @@ python tests/bench_eval.py SmolLM2 ../shared/data [items=48] [rounds=3] [dtype=a
 `forward` and `hidden` are the model with and without its head on full batches of as many tokens;
 `scored` counts the tokens that scoring feeds, `shared` and `scratch` those of all requests, context
 and all, when a context is encoded once and when it is encoded for every choice. The sides take turns;
-each figure is the best of the rounds. On a CPU
-the seconds are CPU seconds of one thread, so that other work on the machine does not count. `score / forward` should reach 0.6, on mc1 `shared / scratch` 2.5.
+each figure is the best of the rounds. On a CPU the seconds are CPU seconds of one thread, so that
+other work on the machine does not count. `scored / forward` should reach 0.6, and on mc1
+`shared / scratch` 2.5.
 """
 
 import json
@@ -32,7 +33,11 @@ def bench(path, data, items=48, rounds=3, dtype="auto", micro_tokens=4096):
     tokenizer = Tokenizer.from_pretrained(path)
     for task, file in (("truthfulqa_mc1", "truthfulqa/mc_task.json"), ("boolq", "boolq/val.jsonl")):
         whole = list(E.TASKS[task][1](Path(data, file)))[:items]
-        single = [w | {"continuations": [c]} for w in whole for c in w["continuations"]]
+        # each choice on its own, and no two of an item in succession, for these would share a row
+        single = [
+            (k, w | {"continuations": [c]}) for w in whole for k, c in enumerate(w["continuations"])
+        ]
+        single = [one for _, one in sorted(single, key=lambda pair: pair[0])]
 
         def ids(text):
             return len(E.default_ids(tokenizer, text))
