@@ -2,8 +2,7 @@
 
     model = Transformer.from_pretrained("SmolLM2", dtype=torch.bfloat16)
     logits = model(tokens)                                          # [B, T] -> [B, T, V]
-    model.add_lora(rank=64, alpha=16, dropout=0.1)                  # train low-rank updates only
-    model.merge_lora().save_pretrained("out")                       # transformers loads it
+    model.save_pretrained("out")                                    # transformers loads it
 
 Modules bear the names that Hugging Face gives them, so a state dict is a checkpoint. Shapes: B
 batch, T tokens, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
@@ -51,15 +50,14 @@ def read_config(raw, source="config.json"):
     as `raw`. InputError names what is missing or not supported."""
     cfg = SimpleNamespace(**dict.fromkeys(SIZES) | DEFAULTS | raw, raw=raw)
     require(cfg.model_type in FAMILIES, source, f"model_type is {cfg.model_type!r}, not {FAMILIES}")
-    optional = {"num_key_value_heads": lambda: cfg.num_attention_heads}
-    optional |= {"head_dim": lambda: cfg.hidden_size // cfg.num_attention_heads}
-    for name in (*SIZES, *optional):
-        size = getattr(cfg, name, None) or optional.get(name, int)()
+    cfg.num_key_value_heads = raw.get("num_key_value_heads") or cfg.num_attention_heads
+    for name in (*SIZES, "num_key_value_heads"):
+        size = getattr(cfg, name)
         require(type(size) is int and 0 < size < 10**7, source, f"{name} is {size!r}")
-        setattr(cfg, name, size)
-    H, K, D = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    H, K = cfg.num_attention_heads, cfg.num_key_value_heads
     require(H % K == 0, source, f"{K} key/value heads do not divide {H} heads")
-    require(D % 2 == 0, source, f"head_dim {D} is odd: no rotary pairs")
+    cfg.head_dim = D = raw.get("head_dim") or cfg.hidden_size // H
+    require(type(D) is int and D > 0 and D % 2 == 0, source, f"head_dim is {D!r}, not even")
     require(cfg.hidden_act == "silu", source, f"hidden_act is {cfg.hidden_act!r}, not silu")
     sliding = raw.get("use_sliding_window", cfg.model_type == "mistral")
     require(not (sliding and raw.get("sliding_window")), source, "sliding-window attention")
@@ -107,8 +105,7 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out, bias=False):
         super().__init__(n_in, n_out, bias)
-        self.lora_A = self.lora_B = None
-        self.adapter_on = True
+        self.lora_A, self.lora_B, self.adapter_on = None, None, True
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -190,9 +187,8 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, positions=None, mask=None, cache=None):
         """Tokens [B, T] to final hidden states [B, T, C]. positions [B, T] default to 0 ... T-1.
-        mask [B, 1, T, S] bool: which of the S cached and new tokens each token sees; without one
-        attention is causal (right padding needs none) and the cache must be empty. cache: a dict
-        that the layers fill with keys and values; give it again with the next tokens."""
+        mask [B, 1, T, S] bool: which of the S cached and new tokens each token sees; without one:
+        causal (padding on the right needs none), no cached tokens. cache: a dict, filled here."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.model["embed_tokens"](tokens).to(self.dtype)  # [B, T, C]
@@ -221,10 +217,9 @@ class Transformer(nn.Module):
         """Freeze the base and add trainable float32 adapters, of no effect while B is zero."""
         self.requires_grad_(False)
         for p in self.projections():
-            like = {"device": p.weight.device, "dtype": torch.float32}
             p.scaling, p.dropout = alpha / rank, dropout
-            p.lora_A = nn.Parameter(torch.empty(rank, p.in_features, **like))
-            p.lora_B = nn.Parameter(torch.zeros(p.out_features, rank, **like))
+            p.lora_A = nn.Parameter(p.weight.new_empty(rank, p.in_features, dtype=torch.float32))
+            p.lora_B = nn.Parameter(p.weight.new_zeros(p.out_features, rank, dtype=torch.float32))
             nn.init.kaiming_uniform_(p.lora_A, a=math.sqrt(5))
         return self
 
@@ -270,19 +265,18 @@ class Transformer(nn.Module):
             raise ValueError("save_pretrained: call merge_lora() first")
         Path(path).mkdir(parents=True, exist_ok=True)
         save_file(state, Path(path, "model.safetensors"), metadata={"format": "pt"})
-        dtype = str(self.head_weight.dtype).removeprefix("torch.")
-        raw = {k: v for k, v in self.cfg.raw.items() if k != "dtype"} | {"torch_dtype": dtype}
+        raw = self.cfg.raw | {"torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")}
+        raw.pop("dtype", None)  # transformers 5 writes it instead
         Path(path, "config.json").write_text(json.dumps(raw, indent=2))
 
 
 def stored_tensors(path):
     """Yields (file, name, tensor) of a checkpoint directory: one safetensors file, or shards."""
-    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        require(isinstance(names, dict) and names, index, "no weight_map")
-        files = [path / str(name) for name in set(names.values())]
-        require(all(f.parent == path for f in files), index, "a shard lies outside the directory")
+    index = path / "model.safetensors.index.json"
+    shards = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    require(isinstance(shards, dict) and shards, index, "no weight_map")
+    files = {path / str(name) for name in shards.values()}
+    require(all(f.parent == path for f in files), index, "a shard lies outside the directory")
     for file in sorted(files):
         require(file.is_file(), file, "no such file (.bin, .pth and GGUF files are not read)")
         try:

@@ -13,8 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,32 +72,16 @@ WORLD_MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 3
 WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
 
 
-class Log:
-    """log.jsonl, one object a step, and progress: one moving line on a terminal, else one/10 s."""
+SECONDS = {}  # that each stage took in this process
 
-    seconds = Counter()  # of each stage, in this process
 
-    def __init__(self, file, stage, steps):
-        self.file, self.stage, self.steps = file, stage, steps
-        self.begun, self.shown = time.perf_counter(), 0.0
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in lines if json.loads(line)["stage"] != stage]
-        file.write_text("".join(kept))  # the stage starts (again)
-
-    def write(self, record):
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
-        text = "loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll:.3f}  lam {lam:.3f}  "
-        text += "norm {grad_norm:.2f}  {tokens_per_s:.0f} tok/s"
-        self.show(record["step"], text.format(**record))
-
-    def show(self, step, text=""):
-        now, live, last = time.perf_counter(), sys.stdout.isatty(), step == self.steps
-        self.seconds[self.stage] += (now - self.begun) * last
-        if last or now - self.shown > (0.2 if live else 10):
-            self.shown, left = now, (now - self.begun) / step * (self.steps - step)
-            line = f"{self.stage:6s} {step}/{self.steps}  {text}  {left:.0f} s left"
-            print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
+def progress(stage, step, steps, begun, text=""):
+    """After a step: one moving line on a terminal, else a line for each tenth of the stage."""
+    seconds, live, last = time.perf_counter() - begun, sys.stdout.isatty(), step == steps
+    SECONDS[stage] = SECONDS.get(stage, 0) + seconds * last
+    if live or last or (step - 1) % math.ceil(steps / 10) == 0:
+        line = f"{stage:6s} {step}/{steps}  {text}  {seconds / step * (steps - step):.0f} s left"
+        print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
 
 
 def lr_at(step, steps, lr, warmup):
@@ -117,29 +100,28 @@ def step_rows(n, batch_size, steps, seed):
 
 
 def train(model, data, positive, negative, s, stage, log_file):
-    """Minimise forgetting_loss on Examples, in place, over all parameters that require gradients.
-    positive and negative are bool masks over data.tokens."""
+    """Minimise forgetting_loss on Examples, in place, over the parameters that require gradients.
+    positive and negative [total] bool are masks over data.tokens."""
     device, params = model.head_weight.device, [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, s.lr, weight_decay=s.weight_decay, fused=True)
     steps = s.epochs * math.ceil(len(data) / s.batch_size)
     steps = min(steps, s.max_steps or steps)
     lam_min, lam_max = (s.lambda_min, s.lambda_max) if negative.any() else (0.0, 0.0)
+    size = sum(p.numel() for p in params)
+    peak = peak_gb(model, size, s.micro_tokens)
     print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
-    print(
-        f"  {len(data.tokens):,} tokens, {positive.sum():,} positive, {negative.sum():,} negative"
-    )
-    print(
-        f"  lam {lam_min:g} to {lam_max:g}, {sum(p.numel() for p in params):,} parameters", end=""
-    )
-    print(f", about {peak_gb(model, params, s.micro_tokens):.1f} GB at the peak")
+    print(f"  {len(data.tokens):,} tokens, {positive.sum():,} in P, {negative.sum():,} in N")
+    print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
+    old = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+    log_file.write_text("".join(line for line in old if json.loads(line)["stage"] != stage))
     torch.manual_seed(s.seed)  # dropout
     model.train()
-    log = Log(log_file, stage, steps)
+    start = time.perf_counter()
     for step, rows in enumerate(step_rows(len(data), s.batch_size, steps, s.seed)):
         begun, batches = time.perf_counter(), list(data.batches(rows, s.micro_tokens))
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
         n_pos, n_neg = (sum(int(m[b.where].sum()) for b in batches) for m in (positive, negative))
-        lam = lam_at(step, steps, lam_min, lam_max)
+        lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
         totals = torch.zeros(3, device=device)  # loss, nll over P, nll over N
         for batch in batches:
             pos, neg = positive[batch.where].to(device), negative[batch.where].to(device)
@@ -149,31 +131,32 @@ def train(model, data, positive, negative, s, stage, log_file):
             by_sign = (torch.where(mask, nll, 0).sum() for mask in (pos, neg))
             totals += torch.stack([loss, *by_sign]).detach()
         # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
-        optimizer.param_groups[0]["lr"] = lr = lr_at(step, steps, s.lr, s.warmup)
+        norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss, pos_nll, neg_nll, norm = *totals.tolist(), float(grad_norm)
+        optimizer.zero_grad()
+        loss, pos_nll, neg_nll, norm = *totals.tolist(), float(norm)
         pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / max(n_neg, 1)
+        text = f"loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll:.3f}  lam {lam:.3f}  norm {norm:.2f}"
         if not math.isfinite(loss + norm):
-            state = f"loss {loss}, nll {pos_nll} on P, {neg_nll} on N, gradient norm {norm}"
             lower = "--lr or --lambda_max" if lam else "--lr"
-            raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {state}: lower {lower}")
+            raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {text}: lower {lower}")
         seconds, tokens = time.perf_counter() - begun, sum(b.n_tokens for b in batches)
         record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
         record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
         record |= {"n_pos": n_pos, "n_neg": n_neg, "tokens": tokens, "seconds": seconds}
-        log.write(record | {"tokens_per_s": tokens / seconds, "mfu": None})
+        with log_file.open("a") as log:
+            log.write(json.dumps(record | {"tokens_per_s": tokens / seconds, "mfu": None}) + "\n")
+        progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s")
     model.eval()
 
 
-def peak_gb(model, params, micro_tokens):
+def peak_gb(model, trained, micro_tokens):
     """Memory at the peak, roughly: weights, 12 bytes a trained parameter (gradient, two moments),
     what the layers of one micro-batch keep for the backward pass, the logits of one chunk."""
-    c, total = model.cfg, sum(p.numel() * p.element_size() for p in model.parameters())
-    total += 12 * sum(p.numel() for p in params) + 12 * 512 * c.vocab_size
-    layer = (10 * c.hidden_size + 5 * c.intermediate_size) * model.dtype.itemsize
-    return (total + micro_tokens * c.num_hidden_layers * layer) / 1e9
+    c, weights = model.cfg, sum(p.nbytes for p in model.parameters())
+    layer = micro_tokens * (10 * c.hidden_size + 5 * c.intermediate_size) * model.dtype.itemsize
+    return (weights + 12 * trained + c.num_hidden_layers * layer + 12 * 512 * c.vocab_size) / 1e9
 
 
 def load(s, path, lora=False):
@@ -185,21 +168,21 @@ def load(s, path, lora=False):
     model.dtype = dtype
     if lora and s.lora_rank:
         model.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout)
-    if device.type != "cpu" if s.compile is None else s.compile:
+    if s.compile or s.compile is None and device.type != "cpu":
         model.hidden = torch.compile(model.hidden, dynamic=True)
     return model.eval()
 
 
-def tune(s, stage, start, data, positive, negative, out):
-    """Train the checkpoint `start` and write out/stage, unless it is there. The reference model of
-    a LoRA run stays an adapter; all else is a whole checkpoint."""
+def tune(s, stage, start, data, positive, out):
+    """Train the checkpoint `start` and write out/stage, unless it is there. Only "forget" has
+    negatives. The reference of a LoRA run stays an adapter; all else is a whole checkpoint."""
     if (out / stage).exists():
         return print(f"{stage}: {out / stage} is done")
     model = load(s, start, lora=True)
+    negative = torch.from_numpy(data.response) & ~positive & (stage == "forget")
     train(model, data, positive, negative, s, stage, out / "log.jsonl")
     path = out / f"{stage}.tmp"  # renamed when it is whole
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     if stage == "ref" and s.lora_rank:
         adapter = {k: v for k, v in model.state_dict().items() if "lora_" in k}
         save_file(adapter, path / "adapter.safetensors")
@@ -213,50 +196,40 @@ def tune(s, stage, start, data, positive, negative, out):
 
 @torch.no_grad()
 def score(s, base_path, data, out):
-    """nll of each response token of data under the base and under the reference model, in one pass.
-    With LoRA they are one model, its adapters off and on."""
+    """nll [total] of response tokens under base and reference: with LoRA one model, twice."""
     ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
     base = ref if s.lora_rank else load(s, base_path)
     if s.lora_rank:
         ref.load_state_dict(load_file(out / "ref" / "adapter.safetensors"), strict=False)
     nll_base, nll_ref = torch.zeros(2, len(data.tokens))
-    batches = list(data.batches(np.arange(len(data)), s.micro_tokens))
-    log = Log(out / "log.jsonl", "score", len(batches))
+    begun, batches = time.perf_counter(), list(data.batches(np.arange(len(data)), s.micro_tokens))
     for i, batch in enumerate(batches, 1):
-        ref.use_adapters(True)
-        nll_ref[batch.where] = response_nll(ref, batch).cpu()
-        base.use_adapters(False)
-        nll_base[batch.where] = response_nll(base, batch).cpu()
-        log.show(i)
+        for model, nll, adapted in ((ref, nll_ref, True), (base, nll_base, False)):
+            model.use_adapters(adapted)
+            nll[batch.where] = response_nll(model, batch).cpu()
+        progress("score", i, len(batches), begun)
     return nll_base, nll_ref
 
 
 def fingerprint(examples, *folders):
-    """sha256 of tokenised examples and of what shapes a model: its config, tokenizer and weights."""
-    digest = hashlib.sha256()
-    for array in (examples.tokens, examples.offsets, examples.response):
-        digest.update(array)
-    for file in sorted(file for folder in folders for file in Path(folder).iterdir()):
+    """sha256 of tokenised examples and of what shapes a model: config, tokenizer and weights."""
+    digest = hashlib.sha256(b"".join(vars(examples).values()))
+    for file in (file for folder in folders for file in sorted(Path(folder).iterdir())):
         if file.suffix in (".json", ".model", ".safetensors"):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def pipeline(s, base, data, ref_data, out, rates=None):
-    """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method,
-    at its learning rate in `rates` or s.lr. Returns the arrays of scores.safetensors."""
+def pipeline(s, base, data, ref_data, out, rates):
+    """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method, at
+    its rate in `rates` or s.lr. Returns the stored scores and {row of the table: checkpoint}."""
     out.mkdir(parents=True, exist_ok=True)
-    at_rate = {k: replace(s, lr=(rates or {}).get(k, s.lr)) for k in ("ref", *s.methods)}
-    response = torch.from_numpy(ref_data.response)
-    tune(at_rate["ref"], "ref", base, ref_data, response, torch.zeros_like(response), out)
+    at_rate = {stage: replace(s, lr=rates.get(stage, s.lr)) for stage in ("ref", *s.methods)}
+    tune(at_rate["ref"], "ref", base, ref_data, torch.from_numpy(ref_data.response), out)
     response, file = torch.from_numpy(data.response), out / "scores.safetensors"
     mark = fingerprint(data, base, out / "ref")
-    if file.exists():
-        with safe_open(file, "pt") as stored:
-            same = stored.metadata().get("fingerprint") == mark
-        require(same, file, "made from other data or models; give another --out, or delete it")
-    else:
+    if not file.exists():
         nll_base, nll_ref = score(s, base, data, out)
         influence, positive = (nll_base - nll_ref)[response], torch.zeros_like(response)
         require(influence.isfinite().all(), base, "it or its reference gives an nll of NaN")
@@ -267,38 +240,38 @@ def pipeline(s, base, data, ref_data, out, rates=None):
         facts = {"rho": str(s.rho), "threshold": str(threshold), "fingerprint": mark}
         save_file(arrays | {"response": response.byte()}, out / "scores.tmp", facts)
         (out / "scores.tmp").rename(file)
+    with safe_open(file, "pt") as stored:
+        same = stored.metadata().get("fingerprint") == mark
+    require(same, file, "made from other data or models; give another --out, or delete it")
     scores = load_file(file)
-    positive = scores["positive"].bool()
     for method in s.methods:
-        learned = response if method == "sft" else positive
-        forgotten = response & ~positive & (method == "forget")
-        tune(at_rate[method], method, base, data, learned, forgotten, out)
-    return scores
+        learned = response if method == "sft" else scores["positive"].bool()
+        tune(at_rate[method], method, base, data, learned, out)
+    return scores, {"base": base} | {method: out / method for method in s.methods}
 
 
 def real_run(s, out):
     """The pipeline on the user's model and data: {row: {metric: value}}."""
-    tokenizer = Tokenizer.from_pretrained(s.model)
-    size = read_config(read_json(Path(s.model, "config.json")), s.model).vocab_size
+    tokenizer, table = Tokenizer.from_pretrained(s.model), {}
     vocab = tokenizer.vocab_size
+    size = read_config(read_json(Path(s.model, "config.json")), s.model).vocab_size
     require(vocab <= size, s.model, f"{vocab} tokens in the tokenizer, but {size} in the model")
     data = read_examples(s.data, tokenizer, s.template, s.max_len)
-    n, order = len(data), np.random.default_rng(s.seed).permutation(len(data))
-    cut, most = round(s.ref_fraction * n), s.max_steps * s.batch_size or n
+    n, most = len(data), s.max_steps * s.batch_size or len(data)  # what max_steps can see
+    order, cut = np.random.default_rng(s.seed).permutation(n), round(s.ref_fraction * n)
     if s.ref_data:
         ref_data, cut = read_examples(s.ref_data, tokenizer, s.template, s.max_len), 0
     else:
         require(0 < cut < n, "--ref_fraction", f"it splits {n} examples into {cut} and {n - cut}")
         ref_data = data.subset(np.sort(order[:cut][:most]))
-    data = data.subset(np.sort(order[cut:][:most]))  # no more than max_steps can see, in file order
-    scores, table = pipeline(s, s.model, data, ref_data, out), {}
-    some = np.arange(0, len(data), math.ceil(len(data) / 256))  # of D_train, for the table
-    sample, signs = data.subset(some), replace(data, response=scores["positive"].bool().numpy())
-    positive = torch.from_numpy(signs.subset(some).response)
-    masks = {"nll on P": positive, "nll on N": torch.from_numpy(sample.response) & ~positive}
-    for row in ("base", *s.methods):
-        model = load(s, s.model if row == "base" else out / row)
-        nll = examples_nll(model, sample, s.micro_tokens)
+    data = data.subset(np.sort(order[cut:][:most]))  # in file order
+    scores, models = pipeline(s, s.model, data, ref_data, out, {})
+    rows = np.arange(0, len(data), math.ceil(len(data) / 256))  # a sample of D_train, for the table
+    sample, positive = data.subset(rows), scores["positive"].bool().numpy()
+    positive = replace(data, response=positive).subset(rows).response
+    masks = {"nll on P": positive, "nll on N": sample.response & ~positive}
+    for row, path in models.items():
+        nll = examples_nll(load(s, path), sample, s.micro_tokens)
         table[row] = {metric: float(nll[mask].mean()) for metric, mask in masks.items()}
     return table
 
@@ -311,30 +284,28 @@ def pretrain(s, world, out):
         cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
         Transformer(cfg).init_weights(s.seed).save_pretrained(out / "start")
         corpus = tokenize(enumerate(world.corpus()), tokenizer, s.template, s.max_len)
-        response, s = torch.from_numpy(corpus.response), replace(s, **WORLD_BASE)
-        tune(s, "base", out / "start", corpus, response, torch.zeros_like(response), out)
+        response = torch.from_numpy(corpus.response)
+        tune(replace(s, **WORLD_BASE), "base", out / "start", corpus, response, out)
 
 
 def world_run(s, world, base, out, rates, names="test"):
-    """The pipeline in the embedded world, measured on names that no data set holds and on the
-    wrongly annotated facts: {row: {metric: value}}."""
-    tokenizer, sets = Tokenizer.from_pretrained(base), world.split(s.seed, s.noise)
-    parts = (sets["train"], sets["ref"])
-    data, ref_data = (tokenize(enumerate(p), tokenizer, s.template, s.max_len) for p in parts)
-    scores, table = pipeline(s, base, data, ref_data, out, rates), {}
-    groups = {"unseen names": sets[names]}
-    groups |= {"wrong facts": sets["wrong"]} if sets["told"].any() else {}
-    for group, questions in groups.items():
-        for row in ("base", *s.methods):
-            model = load(s, base if row == "base" else out / row)
-            table[f"{row}, {group}"] = quiz(model, tokenizer, *questions, s.seed)
-        if {"ignore", "forget"} <= set(s.methods):
+    """The pipeline in the embedded world: {row: {metric: value}} on unseen names, wrong facts."""
+    tokenizer, sets, table = Tokenizer.from_pretrained(base), world.split(s.seed, s.noise), {}
+    parts = (enumerate(sets[part]) for part in ("train", "ref"))
+    data, ref_data = (tokenize(part, tokenizer, s.template, s.max_len) for part in parts)
+    scores, models = pipeline(s, base, data, ref_data, out, rates)
+    for group, part in (("unseen names", names), ("wrong facts", "wrong")):
+        if not sets[part][2].any():
+            continue  # a world without noise has no wrong facts
+        for row, path in models.items():
+            table[f"{row}, {group}"] = quiz(load(s, path), tokenizer, *sets[part], s.seed)
+        if {"ignore", "forget"} <= set(models):
             a, b = (table[f"{row}, {group}"] for row in ("forget", "ignore"))
             table[f"forget - ignore, {group}"] = {metric: a[metric] - b[metric] for metric in a}
-    response, told = data.response, np.pad(sets["told"], ((0, 0), (0, 1))).ravel()  # ends are right
-    influence = (scores["nll_base"] - scores["nll_ref"]).numpy()[response]
-    negative = scores["positive"].numpy()[response] == 0
+    told = np.pad(sets["told"], ((0, 0), (0, 1))).ravel()  # of each response token; ends are right
     if told.any():
+        influence = (scores["nll_base"] - scores["nll_ref"]).numpy()[data.response]
+        negative = scores["positive"].numpy()[data.response] == 0
         found = {"AUC": auc(influence[~told], influence[told]), "recall": negative[told].mean()}
         table["score, wrong tokens"] = found | {"precision": told[negative].mean()}
     return table
@@ -362,12 +333,11 @@ def main(argv):
     s = Settings(**({} if given.get("model") else WORLD) | given)
     require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
     require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
-    out, settings = Path(s.out), {k: v for k, v in asdict(s).items() if k != "out"}
+    out, settings = Path(s.out), {k: v for k, v in vars(s).items() if k != "out"}
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "settings.json").exists():
-        kept = read_json(out / "settings.json")
-        differ = {k: kept.get(k) for k, v in settings.items() if kept.get(k) != v}
-        require(not differ, out, f"holds a run with other settings, {differ}: use another --out")
+    kept = read_json(out / "settings.json") if (out / "settings.json").exists() else settings
+    differ = {k: kept.get(k) for k, v in settings.items() if kept.get(k) != v}
+    require(not differ, out, f"holds a run with other settings, {differ}: use another --out")
     (out / "settings.json").write_text(json.dumps(settings))
     if s.model:
         tables = [real_run(s, out)]
@@ -377,7 +347,7 @@ def main(argv):
         for i in range(s.repeats):
             run, folder = replace(s, seed=s.seed + i), out / f"repeat{i + 1}" if i else out
             tables.append(world_run(run, world, out / "base", folder, rates))
-    summary = {"table": show(tables), "settings": settings, "seconds": dict(Log.seconds)}
+    summary = {"table": show(tables), "settings": settings, "seconds": dict(SECONDS)}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
 
