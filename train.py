@@ -113,7 +113,7 @@ def train(model, data, positive, negative, s, stage, log_file):
     print(f"  {len(data.tokens):,} tokens, {positive.sum():,} in P, {negative.sum():,} in N")
     print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
     old = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-    log_file.write_text("".join(line for line in old if json.loads(line)["stage"] != stage))
+    log_file.write_text("".join(line for line in old if f'"stage": "{stage}"' not in line))
     torch.manual_seed(s.seed)  # dropout
     model.train()
     start = time.perf_counter()
@@ -241,7 +241,7 @@ def pipeline(s, base, data, ref_data, out, rates):
         save_file(arrays | {"response": response.byte()}, out / "scores.tmp", facts)
         (out / "scores.tmp").rename(file)
     with safe_open(file, "pt") as stored:
-        same = stored.metadata().get("fingerprint") == mark
+        same = (stored.metadata() or {}).get("fingerprint") == mark
     require(same, file, "made from other data or models; give another --out, or delete it")
     scores = load_file(file)
     for method in s.methods:
@@ -272,7 +272,7 @@ def real_run(s, out):
     masks = {"nll on P": positive, "nll on N": sample.response & ~positive}
     for row, path in models.items():
         nll = examples_nll(load(s, path), sample, s.micro_tokens)
-        table[row] = {metric: float(nll[mask].mean()) for metric, mask in masks.items()}
+        table[row] = {k: float(nll[mask].mean()) for k, mask in masks.items() if mask.any()}
     return table
 
 
@@ -303,9 +303,9 @@ def world_run(s, world, base, out, rates, names="test"):
             a, b = (table[f"{row}, {group}"] for row in ("forget", "ignore"))
             table[f"forget - ignore, {group}"] = {metric: a[metric] - b[metric] for metric in a}
     told = np.pad(sets["told"], ((0, 0), (0, 1))).ravel()  # of each response token; ends are right
-    if told.any():
+    negative = scores["positive"].numpy()[data.response] == 0
+    if 0 < told.mean() < 1 and negative.any():
         influence = (scores["nll_base"] - scores["nll_ref"]).numpy()[data.response]
-        negative = scores["positive"].numpy()[data.response] == 0
         found = {"AUC": auc(influence[~told], influence[told]), "recall": negative[told].mean()}
         table["score, wrong tokens"] = found | {"precision": told[negative].mean()}
     return table
