@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import unicodedata
+import zlib
 from array import array
 from collections import namedtuple
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ def read_file(file):
                     where = f"{file}, line {i}"
                     if text := line.decode("utf-8-sig").strip():
                         yield where, json.loads(text)
-    except (OSError, EOFError, ValueError) as e:  # ValueError: not UTF-8, not JSON
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise InputError(f"{where}: {e}") from None
 
 

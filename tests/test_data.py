@@ -653,3 +653,17 @@ def test_a_subset_holds_the_rows_asked_for_in_that_order():
         whole = slice(*examples.offsets[row : row + 2])
         assert (part.tokens[a:b] == examples.tokens[whole]).all()
         assert (part.response[a:b] == examples.response[whole]).all()
+
+
+@pytest.mark.parametrize("broken", ["flipped", "cut", "nested"])
+def test_a_file_that_is_damaged_is_refused_by_name(broken, tmp_path):
+    text = b"".join(b'{"prompt": "a%d", "completion": "b"}\n' % i for i in range(2000))
+    packed = bytearray(gzip.compress(text))
+    if broken == "flipped":
+        packed[len(packed) // 2] ^= 255
+    file = tmp_path / "data.jsonl.gz"
+    file.write_bytes(packed[:-20] if broken == "cut" else packed)
+    if broken == "nested":
+        file.write_bytes(gzip.compress(b"[" * 10**5))
+    with pytest.raises(InputError, match="data.jsonl.gz"):
+        list(read_file(file))
