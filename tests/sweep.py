@@ -2,7 +2,7 @@
 
     python tests/sweep.py lr                  # choose a learning rate for each stage, on validation names
     python tests/sweep.py final               # measure the choice on fresh worlds
-    python tests/sweep.py rho|lambda|noise|ascent|clip      # where forgetting helps and where it hurts
+    python tests/sweep.py rho|lambda|noise|ascent    # where forgetting helps and where it hurts
 
 Worlds 1 to 4 serve the choice and worlds 201 to 203 the measurements; each is pretrained once (OUT/world*) and
 run with five seeds (the last line: three). Prints mean +- standard deviation over all runs of all worlds, and paired differences.
@@ -109,7 +109,6 @@ POINTS = {
     "lambda": [{"lambda_max": x} for x in (0.1, 0.25, 0.5, 1.0)],
     "noise": [{"noise": x} for x in (0.0, 0.2, 0.4, 0.5)],
     "ascent": [{"ascent": "unlikelihood", "lambda_max": x} for x in (0.25, 1.0, 4.0)],
-    "clip": [{"grad_clip": x} for x in (0.0, 0.3, 3.0)],
 }
 
 
