@@ -1,11 +1,12 @@
-"""Sweeps over the embedded world, by which its learning rates were chosen and the README's tables made.
+"""Sweeps over the embedded world: how its learning rates were chosen and the README's tables made.
 
-    python tests/sweep.py lr                  # choose a learning rate for each stage, on validation names
-    python tests/sweep.py final               # measure the choice on fresh worlds
-    python tests/sweep.py rho|lambda|noise|ascent    # where forgetting helps and where it hurts
+    python tests/sweep.py lr                        # choose a rate for each stage, on validation names
+    python tests/sweep.py final                     # measure the choice on fresh worlds
+    python tests/sweep.py rho|lambda|noise|ascent   # where forgetting helps and where it hurts
 
-Worlds 1 to 4 serve the choice and worlds 201 to 203 the measurements; each is pretrained once (OUT/world*) and
-run with five seeds (the last line: three). Prints mean +- standard deviation over all runs of all worlds, and paired differences.
+Worlds 1 to 4 serve the choice and worlds 201 to 203 the measurements; each is pretrained once, into
+OUT/world*, and run with five seeds (rho to ascent: three). Prints mean ± standard deviation over all
+runs of all worlds, and paired differences with their standard error.
 """
 
 import argparse
