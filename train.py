@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from model import Transformer, read_config, read_json, require
 
 
 METHODS = ["sft", "ignore", "forget"]
+HARMLESS = ["out", "methods", "repeats", "micro_tokens", "device", "compile"]  # may change in a run
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Settings:
     ref_fraction: float = opt(1 / 6, "share of data split off at random for the reference", 0, 1)
     methods: list[str] = opt(["forget"], "one or more of these", *METHODS)
     rho: float = opt(0.7, "share of response tokens that are positive", 0, 1)
-    lambda_max: float = opt(0.25, "weight of forgetting at the last step", 0, 1e6)
+    lambda_max: float = opt(0.25, "weight of forgetting that the last step comes near", 0, 1e6)
     lambda_min: float = opt(1e-5, "weight of forgetting at the first step", 0, 1e6)
     ascent: str = opt("nll", "raise the nll (the paper) or a bounded form", "nll", "unlikelihood")
     lora_rank: int = opt(64, "rank of the adapters; 0 = full fine-tuning", 0, 65536)
@@ -252,6 +253,7 @@ def pipeline(s, base, data, ref_data, out, rates):
 
 def real_run(s, out):
     """The pipeline on the user's model and data: {row: {metric: value}}."""
+    require(Path(s.model).is_dir(), s.model, "no such directory (a checkpoint, not a hub name)")
     tokenizer, table = Tokenizer.from_pretrained(s.model), {}
     vocab = tokenizer.vocab_size
     size = read_config(read_json(Path(s.model, "config.json")), s.model).vocab_size
@@ -329,27 +331,33 @@ def show(tables):
 
 
 def main(argv):
-    given = parse_settings(Settings, argv, __doc__, WORLD)
+    given = parse_settings(Settings, argv, __doc__, WORLD | {"lr": "one for each stage"})
     s = Settings(**({} if given.get("model") else WORLD) | given)
     require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
     require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
-    out, settings = Path(s.out), {k: v for k, v in vars(s).items() if k != "out"}
+    out, settings = Path(s.out), asdict(s)
     out.mkdir(parents=True, exist_ok=True)
-    kept = read_json(out / "settings.json") if (out / "settings.json").exists() else settings
-    differ = {k: kept.get(k) for k, v in settings.items() if kept.get(k) != v}
-    require(not differ, out, f"holds a run with other settings, {differ}: use another --out")
+    if (out / "log.jsonl").exists():  # work was done here, with settings that may matter
+        kept = read_json(out / "settings.json")
+        differ = {k: kept.get(k) for k, v in settings.items() if kept.get(k) != v}
+        differ = {k: v for k, v in differ.items() if k not in HARMLESS}
+        require(not differ, out, f"holds a run with other settings, {differ}: use another --out")
     (out / "settings.json").write_text(json.dumps(settings))
+    file, tables = out / "summary.json", []
     if s.model:
-        tables = [real_run(s, out)]
+        tables.append(real_run(s, out))
     else:
-        world, rates, tables = World(s.seed), {} if "lr" in given else WORLD_LR, []
+        torch.set_num_threads(1)  # a second one only gets in the way of a model this small
+        world, rates = World(s.seed), {} if "lr" in given else WORLD_LR
         pretrain(s, world, out)
         for i in range(s.repeats):
+            print(f"\nrun {i + 1} of {s.repeats}, seed {s.seed + i}")
             run, folder = replace(s, seed=s.seed + i), out / f"repeat{i + 1}" if i else out
             tables.append(world_run(run, world, out / "base", folder, rates))
-    summary = {"table": show(tables), "settings": settings, "seconds": dict(SECONDS)}
+    seconds = (read_json(file)["seconds"] if file.exists() else {}) | SECONDS
+    summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    file.write_text(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":
