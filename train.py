@@ -153,11 +153,14 @@ def train(model, data, positive, negative, s, stage, log_file):
 
 
 def peak_gb(model, trained, micro_tokens):
-    """Memory at the peak, roughly: weights, 12 bytes a trained parameter (gradient, two moments),
-    what the layers of one micro-batch keep for the backward pass, the logits of one chunk."""
+    """Memory at the peak, roughly: the process, weights, 12 bytes a trained parameter (gradient, two
+    moments), what layers keep of a micro-batch for backward (fitted on SmolLM2), a chunk of logits."""
     c, weights = model.cfg, sum(p.nbytes for p in model.parameters())
-    layer = micro_tokens * (10 * c.hidden_size + 5 * c.intermediate_size) * model.dtype.itemsize
-    return (weights + 12 * trained + c.num_hidden_layers * layer + 12 * 512 * c.vocab_size) / 1e9
+    kept = 15 * c.hidden_size + 8 * c.intermediate_size  # values a token and layer
+    if trained < sum(p.numel() for p in model.parameters()):  # adapters keep inputs of their own
+        kept += 5 * c.hidden_size + 2 * c.intermediate_size
+    layers = micro_tokens * kept * model.dtype.itemsize * c.num_hidden_layers
+    return 0.4 + (weights + 12 * trained + layers + 12 * 512 * c.vocab_size) / 1e9
 
 
 def load(s, path, lora=False):
