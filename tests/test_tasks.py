@@ -50,7 +50,10 @@ def wide(checkpoint, tmp_path_factory):
 def cli(capsys, *argv):
     """(exit status, last line of stdout as JSON if there is one, stderr)"""
     capsys.readouterr()
-    status = E.exit_status(E.main, [str(a) for a in argv])
+    try:
+        status = E.exit_status(E.main, [str(a) for a in argv])
+    except SystemExit as e:  # argparse
+        status = e.code
     out, err = capsys.readouterr()
     return status, out.strip().splitlines(), err
 
@@ -113,32 +116,14 @@ def test_loglikelihoods_are_those_of_the_slow_reference(checkpoint, bos, micro_t
 
 def test_a_continuation_is_a_slice_of_the_joint_ids(checkpoint):
     tokenizer = Tokenizer.from_pretrained(checkpoint)
-    model = SimpleNamespace(cfg=SimpleNamespace(raw={}))
-    rows = []
-    with pytest.MonkeyPatch.context() as patch:
-
-        def record(model, examples, micro_tokens, layout):
-            rows.append((examples, *layout.T.tolist()))
-            return [torch.zeros(len(examples.tokens))] * 2
-
-        patch.setattr(E, "token_scores", record)
-        E.loglikelihoods(model, tokenizer, [E.item("x a", ["le b", "zure c d"], 0)], 100)
-    (examples, positions, part), encode = rows[0], tokenizer.encode
+    encode = tokenizer.encode
+    (row,) = E.pack(tokenizer, [E.item("x a", ["le b", "zure c d"], 0)], 2048)
+    tokens, part = map(list, zip(*row))
     x, space, a = encode("x a")
     # of " ale b" and " azure c d" the first two of three ids of the context are skipped, too
     assert encode("x ale b")[3:] == encode("b")
-    assert examples.tokens.tolist() == [
-        x,
-        space,
-        a,
-        *encode("b"),
-        a,
-        *encode("c"),
-        space,
-        *encode("d"),
-    ]
-    assert examples.response.tolist() == [False, False, False, True, False, True, True, True]
-    assert positions == [0, 1, 2, 3, 2, 3, 4, 5] and part == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert tokens == [x, space, a, *encode("b"), a, *encode("c"), space, *encode("d")]
+    assert part == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def test_bos_is_added_once_and_read_in_text(checkpoint):
@@ -400,13 +385,14 @@ def test_diversity_by_hand():
 
 def test_averages():
     items = [E.item("", [], 0) | {"acc": x} for x in (0.0, 1.0, 1.0, 1.0)]
-    mean, error = E.averages(items)["acc"]
+    ((_, _, mean, error, _),) = E.averages(items)
     assert mean == 0.75 and error == pytest.approx(np.std([0, 1, 1, 1], ddof=1) / 2)
-    assert E.averages(items[:1])["acc"] == (0.0, None)
+    assert next(E.averages(items[:1]))[2:4] == (0.0, None)
     weighted = [E.item("", [], 0, tokens=t) | {"nll": x} for t, x in ((1, 4.0), (3, 2.0))]
-    assert E.averages(weighted)["nll"][0] == pytest.approx(2.5)  # (4 + 3 * 2) / 4
+    assert next(E.averages(weighted))[2] == pytest.approx(2.5)  # (4 + 3 * 2) / 4
     spoken = [E.item("", [], 0, language=k) | {"f1": x} for k, x in zip("aaabb", (0, 0, 3, 5, 7))]
-    mean, error = E.averages(spoken)["f1"]
+    ((_, _, mean, error, means),) = E.averages(spoken)
+    assert means == pytest.approx({"a": 1, "b": 6})
     assert mean == pytest.approx((1 + 6) / 2) and error == pytest.approx(math.sqrt(1 + 1) / 2)
 
 
@@ -504,6 +490,10 @@ def test_bad_input_is_one_sentence(capsys, wide, files, tmp_path):
             status, _, err = cli(capsys, "--model", wide, "--task", task, "--data", bad)
             assert status == 2 and task in err and E.TASKS[task][0] in err, (task, bad, err)
             assert len(err.strip().splitlines()) == 1
+    (tmp_path / "words.jsonl").write_text('{"prompt": "tea", "completion": "ale"}\n[1]\n')
+    for bad in (files / "chats.jsonl", tmp_path / "words.jsonl"):
+        status, _, err = cli(capsys, "--compare", bad, bad)
+        assert status == 2 and "same items" in err, (bad, err)
     status, _, err = cli(capsys, "--model", wide, "--task", "mmlu", "--data", "x")
     assert status == 2 and "mmlu" in err and "truthfulqa_mc1" in err
     demos = tmp_path / "korean.json"
