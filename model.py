@@ -39,7 +39,9 @@ def read_json(path):
     """The object in a JSON file; InputError if there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON: {e}") from None
     require(isinstance(content, dict), path, "expected a JSON object")
     return content
