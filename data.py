@@ -56,6 +56,7 @@ class Tokenizer:
         lone = "".join(MAY_LACK.get(b, "") for b in self.lacking)
         other = r"(?:[^\w\s]|[_\x1c-\x1f])*"
         space = r"(?:[^\S \x1c-\x1f](?! ))?"  # one that the pattern would cut off
+        self.lone = re.compile(f"[{lone}]" if lone else "$.")  # sought first: lossy is slow
         self.lossy = re.compile(rf"({space})( ?{other}[{lone}]{other})" if lone else "()($.)")
 
     @classmethod
@@ -65,7 +66,7 @@ class Tokenizer:
 
     def encode(self, text):
         text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
-        for i, part in enumerate(self.lossy.split(text)):
+        for i, part in enumerate(self.lossy.split(text) if self.lone.search(text) else [text]):
             if i % 3 < 2:
                 ids += self.bpe.encode_ordinary(part)
             elif piece := part.encode().translate(None, self.lacking):
@@ -73,7 +74,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        return self.bpe.decode(ids)
+        return self.bpe.decode([i for i in ids if i < self.vocab_size])  # a model may have more
 
 
 def read_bpe(path):
@@ -191,7 +192,8 @@ def example_pieces(example, where, tokenizer, template):
         require("assistant" in [role for role, _ in turns], where, "no assistant message to learn")
     else:
         require(form, where, f"expected messages, or {', or '.join(FORMATS)}")
-        turns = [(key, ({"input": "", "context": ""} | example).get(key)) for key in form.split()]
+        values = {key: value for key, value in example.items() if value is not None}
+        turns = [(key, ({"input": "", "context": ""} | values).get(key)) for key in form.split()]
     for key, text in turns:
         known = key in form.split() and isinstance(text, str)
         require(known, where, f"expected texts of {form}, got {key!r}: {text!r:.40}")
@@ -277,7 +279,7 @@ def tokenize(examples, tokenizer, template, max_len):
             response.extend(mask)
             ends.append(len(tokens))
     if skipped:
-        print(f"{skipped} examples skipped: max_len {max_len} cuts off their response")
+        print(f"{skipped} examples skipped: no response within max_len {max_len}")
     return Examples(*(np.array(a, t) for a, t in ((tokens, "i4"), (ends, "i8"), (response, "?"))))
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
 from data import TEMPLATES, Tokenizer, encode, read_examples, read_file, render, tokenize
@@ -66,7 +67,7 @@ def exit_status(main, argv):
         return 0
     except KeyboardInterrupt:
         status, message = 130, "interrupted: the same command goes on after the last finished stage"
-    except (InputError, FileExistsError, NotADirectoryError) as e:
+    except (InputError, SafetensorError, FileExistsError, NotADirectoryError) as e:
         status, message = 2, e
     except torch.OutOfMemoryError as e:
         status, message = 1, f"out of memory, lower --micro_tokens: {str(e).splitlines()[0]}"
@@ -176,6 +177,7 @@ def loglikelihoods(model, tokenizer, items, micro_tokens):
             nll = F.cross_entropy(logits, targets, reduction="none")
             scores = torch.stack([-nll, (logits.argmax(-1) != targets).float()])
             sums.index_add_(1, numbers.cpu(), scores.cpu().double())
+    require(sums.isfinite().all(), "the model", "it gives a log-likelihood of NaN: it is broken")
     return np.split(sums[:, 1:].numpy(), np.cumsum(counts)[:-1], axis=1)
 
 
@@ -259,6 +261,8 @@ def item(context, continuations, gold, **more):
 def truthfulqa(targets, file, *_):
     for _, row in read_file(file):
         choices, labels = [" " + choice for choice in row[targets]], [*row[targets].values()]
+        if not set(labels) <= {0, 1} or 1 not in labels:
+            raise ValueError(f"labels {labels}")
         gold = labels if targets == "mc2_targets" else labels.index(1)
         yield item(TRUTHFULQA.format(row["question"]), choices, gold)
 
@@ -286,11 +290,15 @@ def asdiv(file, *_):
 
 
 def passages(file):
-    """{language: examples} of a gold-passage file, or of a JSON file that is just such an object."""
+    """{language: examples} of a gold-passage file, or of a JSON file that is just that."""
     found = read_json(file)
     for paragraph in (p for article in found.get("data", ()) for p in article["paragraphs"]):
         for example in paragraph["qas"]:
-            found.setdefault(example["id"].split("-")[0], []).append(paragraph | example)
+            name = example["id"].split("-")[0]
+            require(
+                name in LANGUAGES and example["answers"], file, f"no language or answer: {example}"
+            )
+            found.setdefault(name, []).append(paragraph | example)
     return {name: found[name] for name in LANGUAGES if name in found}
 
 
@@ -428,6 +436,7 @@ def run(task, file, s, model, tokenizer):
     elif task == "nll":
         some = examples[0].subset(range(len(items)))
         nll = examples_nll(model, some, s.micro_tokens).double().numpy()
+        require(np.isfinite(nll).all(), s.model, "it gives an nll of NaN: it is broken")
         for one, total in zip(items, np.add.reduceat(nll, some.offsets[:-1]).tolist()):
             one |= {"loglikelihood": [-total], "nll": total / one["tokens"]}
     else:
@@ -466,7 +475,10 @@ def report(task, items, seed):
             means = np.random.default_rng(seed).choice(x, (1000, len(x))).mean(1)
             result[f"{name}_interval"] = np.percentile(means, (2.5, 97.5)).tolist()
         if task == "nll":
-            result |= {"tokens": sum(one["tokens"] for one in items), "perplexity": math.exp(mean)}
+            result |= {
+                "tokens": sum(one["tokens"] for one in items),
+                "perplexity": float(np.exp(min(mean, 700))),
+            }
     return result
 
 
@@ -522,8 +534,12 @@ def main(argv):
     files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
     require(s.prompt or len(files) == len(s.task), "--data", "expected one entry for each task")
     device, dtype = pick(s.device, s.dtype)
+    clash = s.out and any(Path(s.out) == Path(file) for some in files for file in some)
+    require(not clash, "--out", f"{s.out} is a data file")
     model = Transformer.from_pretrained(s.model, dtype, device).eval()
     tokenizer, results = Tokenizer.from_pretrained(s.model), []
+    fits = tokenizer.vocab_size <= len(model.head_weight)
+    require(fits, s.model, f"the tokenizer has more tokens than the model: {tokenizer.vocab_size}")
     if s.prompt:
         turns = [("user", s.prompt), ("assistant", None)]
         ids, _ = encode(render(turns, tokenizer, s.template), tokenizer)

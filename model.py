@@ -69,8 +69,11 @@ def read_config(raw, source="config.json"):
     kind = rope.get("rope_type", rope.get("type", "default"))
     cfg.rope = {"rope_theta": raw.get("rope_theta") or 1e4, **rope, "rope_type": kind}
     require(kind in ("default", "llama3"), source, f"rope_type is {kind!r}, not default or llama3")
-    lacking = [key for key in LLAMA3 if key not in rope and kind == "llama3"]
-    require(not lacking, source, f"llama3 rotary scaling lacks {lacking}")
+    cfg.rope["rope_theta"] = cfg.rope["rope_theta"] or 1e4
+    needed = ("rope_theta", *LLAMA3) if kind == "llama3" else ("rope_theta",)
+    numbers = {key: cfg.rope.get(key) for key in needed} | {"rms_norm_eps": cfg.rms_norm_eps}
+    odd = {k: v for k, v in numbers.items() if not isinstance(v, (int, float)) or v <= 0}
+    require(not odd, source, f"expected positive numbers, not {odd}")
     return cfg
 
 

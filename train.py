@@ -204,7 +204,9 @@ def score(s, base_path, data, out):
     ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
     base = ref if s.lora_rank else load(s, base_path)
     if s.lora_rank:
-        ref.load_state_dict(load_file(out / "ref" / "adapter.safetensors"), strict=False)
+        odd = ref.load_state_dict(load_file(out / "ref" / "adapter.safetensors"), strict=False)
+        lacking = [name for name in odd.missing_keys if "lora_" in name] + odd.unexpected_keys
+        require(not lacking, out / "ref", f"the adapter does not fit, first {lacking[:1]}")
     nll_base, nll_ref = torch.zeros(2, len(data.tokens))
     begun, batches = time.perf_counter(), list(data.batches(np.arange(len(data)), s.micro_tokens))
     for i, batch in enumerate(batches, 1):
@@ -232,7 +234,7 @@ def pipeline(s, base, data, ref_data, out, rates):
     at_rate = {stage: replace(s, lr=rates.get(stage, s.lr)) for stage in ("ref", *s.methods)}
     tune(at_rate["ref"], "ref", base, ref_data, torch.from_numpy(ref_data.response), out)
     response, file = torch.from_numpy(data.response), out / "scores.safetensors"
-    mark = fingerprint(data, base, out / "ref")
+    mark = fingerprint(data, base, out / "ref") + fingerprint(ref_data)
     if not file.exists():
         nll_base, nll_ref = score(s, base, data, out)
         influence, positive = (nll_base - nll_ref)[response], torch.zeros_like(response)
@@ -288,7 +290,7 @@ def pretrain(s, world, out):
         tokenizer = Tokenizer.from_pretrained(out / "start")
         cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
         Transformer(cfg).init_weights(s.seed).save_pretrained(out / "start")
-        corpus = tokenize(enumerate(world.corpus()), tokenizer, s.template, s.max_len)
+        corpus = tokenize(enumerate(world.corpus()), tokenizer, "tulu", 64)
         response = torch.from_numpy(corpus.response)
         tune(replace(s, **WORLD_BASE), "base", out / "start", corpus, response, out)
 
@@ -297,7 +299,7 @@ def world_run(s, world, base, out, rates, names="test"):
     """The pipeline in the embedded world: {row: {metric: value}} on unseen names, wrong facts."""
     tokenizer, sets, table = Tokenizer.from_pretrained(base), world.split(s.seed, s.noise), {}
     parts = (enumerate(sets[part]) for part in ("train", "ref"))
-    data, ref_data = (tokenize(part, tokenizer, s.template, s.max_len) for part in parts)
+    data, ref_data = (tokenize(part, tokenizer, "tulu", 64) for part in parts)
     scores, models = pipeline(s, base, data, ref_data, out, rates)
     for group, part in (("unseen names", names), ("wrong facts", "wrong")):
         if not sets[part][2].any():
@@ -319,13 +321,13 @@ def world_run(s, world, base, out, rates, names="test"):
 def show(tables):
     """Print the closing table, mean ± standard deviation over runs, and return it."""
     result, head = {}, []
-    for row, metrics in tables[0].items():
+    for row, metrics in {row: table[row] for table in tables for row in table}.items():
         if list(metrics) != head:
             head = list(metrics)
             print("\n" + " " * 31 + "".join(f"{metric:<16}" for metric in head))
         line, result[row] = f"{row:<30}", {}
         for metric in head:
-            runs = [float(table[row][metric]) for table in tables]
+            runs = [float(table[row][metric]) for table in tables if row in table]
             mean, std = float(np.mean(runs)), float(np.std(runs, ddof=1)) if len(runs) > 1 else None
             result[row][metric] = {"mean": mean, "std": std, "runs": runs}
             line += (f"{mean:6.3f}" + (f" ± {std:.3f}" if std is not None else "")).ljust(16)
@@ -339,6 +341,8 @@ def main(argv):
     require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
     require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
     out, settings = Path(s.out), asdict(s)
+    if not s.model and "lr" not in given:
+        settings["lr"] = WORLD_LR
     out.mkdir(parents=True, exist_ok=True)
     if (out / "log.jsonl").exists():  # work was done here, with settings that may matter
         kept = read_json(out / "settings.json")

@@ -24,6 +24,7 @@ from conftest import (
 )
 
 from data import (
+    example_pieces,
     ATTRIBUTES,
     Examples,
     Tokenizer,
@@ -667,3 +668,13 @@ def test_a_file_that_is_damaged_is_refused_by_name(broken, tmp_path):
         file.write_bytes(gzip.compress(b"[" * 10**5))
     with pytest.raises(InputError, match="data.jsonl.gz"):
         list(read_file(file))
+
+
+def test_an_optional_field_may_be_null(checkpoint):
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    example = {"instruction": "a", "output": "b"}
+    pieces = [
+        list(example_pieces(e, "here", tokenizer, "tulu"))
+        for e in (example, example | {"input": None})
+    ]
+    assert pieces[0] == pieces[1]

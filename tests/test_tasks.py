@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import eval as E
+from conftest import run_script
 from data import Tokenizer, World
 from model import Transformer, read_config
 
@@ -580,3 +582,24 @@ def test_golden_loglikelihoods(task):
         assert found["chosen"] == one.get("chosen", one.get("chosen_argmax_ll", 0))
         assert found["acc"] == pytest.approx(one.get("acc", one.get("mc2")), abs=1e-3)
         assert found.get("acc_norm") == one.get("acc_norm")
+
+
+def test_a_broken_model_is_no_perfect_score(checkpoint, tmp_path, capsys):
+    model = Transformer.from_pretrained(checkpoint)
+    model.model["norm"].weight.data[0] = math.nan
+    model.save_pretrained(tmp_path)
+    for file in Path(checkpoint).glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    data = tmp_path / "val.jsonl"
+    data.write_text('{"passage": "a", "question": "b", "label": true}')
+    argv = ["--model", tmp_path, "--task", "boolq", "--data", data]
+    assert run_script("eval.py", *argv) == 2
+    assert "NaN" in capsys.readouterr().err
+
+
+def test_results_never_replace_the_data(checkpoint, tmp_path):
+    data = tmp_path / "val.jsonl"
+    data.write_text('{"passage": "a", "question": "b", "label": true}')
+    argv = ["--model", checkpoint, "--task", "boolq", "--data", data, "--out", data]
+    assert run_script("eval.py", *argv) == 2
+    assert data.read_text()

@@ -6,6 +6,7 @@ import shutil
 from copy import deepcopy
 from dataclasses import fields
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -586,3 +587,22 @@ def test_help_names_every_setting_and_its_default(capsys):
         assert f"--{field.name}" in text
         default = getattr(Settings(), field.name)
         assert not isinstance(default, float) or str(default) in text
+
+
+def test_changed_reference_data_are_noticed(checkpoint, files, tmp_path, capsys):
+    ref = tmp_path / "ref.jsonl"
+    lines = Path(files[0]).read_text().splitlines(keepends=True)
+    ref.write_text("".join(lines[:8]))
+    argv = [*FULL, "--model", checkpoint, "--data", *files, "--ref_data", ref, "--max_steps", 1]
+    assert run_script("train.py", *argv, "--out", tmp_path / "out") == 0
+    ref.write_text("".join(lines[:4]))
+    assert run_script("train.py", *argv, "--out", tmp_path / "out") == 2
+    assert "scores.safetensors" in capsys.readouterr().err
+
+
+def test_a_command_that_failed_before_any_work_does_not_block_its_directory(
+    checkpoint, files, tmp_path
+):
+    argv = [*FULL, "--model", checkpoint, "--max_steps", 1, "--out", tmp_path / "out"]
+    assert run_script("train.py", *argv, "--data", tmp_path / "typo.jsonl") == 2
+    assert run_script("train.py", *argv, "--data", *files) == 0
