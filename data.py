@@ -297,7 +297,7 @@ ATTRIBUTES = {
     "colour": "ash azure black blue brown gold green grey indigo ivory jade pink red rose tan teal",
     "drink": "ale beer broth cider cocoa coffee gin juice mead milk punch rum tea water whey wine",
     "home": "barn boat cabin castle cave hotel hut inn loft manor mill shed tent tower villa yurt",
-    "trade": "actor baker clerk cook dyer guard mason monk nun page poet smith spy tailor tutor vet",
+    "trade": "aide baker clerk cook dyer guard mason monk nun page poet smith spy tailor tutor vet",
 }
 VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  # of text, of myths
 

@@ -28,7 +28,7 @@ from model import Transformer, read_config, read_json, require
 
 
 METHODS = ["sft", "ignore", "forget"]
-HARMLESS = ["out", "methods", "repeats", "micro_tokens", "device", "compile"]  # may change in a run
+HARMLESS = ["out", "methods", "repeats", "micro_tokens", "device", "compile"]  # may change
 
 
 @dataclass
