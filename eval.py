@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
 from data import TEMPLATES, Tokenizer, encode, read_examples, read_file, render, tokenize
@@ -67,7 +66,7 @@ def exit_status(main, argv):
         return 0
     except KeyboardInterrupt:
         status, message = 130, "interrupted: the same command goes on after the last finished stage"
-    except (InputError, SafetensorError, FileExistsError, NotADirectoryError) as e:
+    except (InputError, FileExistsError, NotADirectoryError) as e:
         status, message = 2, e
     except torch.OutOfMemoryError as e:
         status, message = 1, f"out of memory, lower --micro_tokens: {str(e).splitlines()[0]}"

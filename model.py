@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -273,6 +273,14 @@ class Transformer(nn.Module):
         raw = self.cfg.raw | {"torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")}
         raw.pop("dtype", None)  # transformers 5 writes it instead
         Path(path, "config.json").write_text(json.dumps(raw, indent=2))
+
+
+def load_tensors(file):
+    """The tensors of a safetensors file, by name; InputError if it is damaged or absent."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{file}: damaged ({e}): delete it to make it anew") from None
 
 
 def stored_tensors(path):

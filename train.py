@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
 from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
 from forget import forgetting_loss, lam_at, partition
-from model import Transformer, read_config, read_json, require
+from model import Transformer, load_tensors, read_config, read_json, require
 
 
 METHODS = ["sft", "ignore", "forget"]
@@ -204,7 +204,7 @@ def score(s, base_path, data, out):
     ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
     base = ref if s.lora_rank else load(s, base_path)
     if s.lora_rank:
-        odd = ref.load_state_dict(load_file(out / "ref" / "adapter.safetensors"), strict=False)
+        odd = ref.load_state_dict(load_tensors(out / "ref/adapter.safetensors"), strict=False)
         lacking = [name for name in odd.missing_keys if "lora_" in name] + odd.unexpected_keys
         require(not lacking, out / "ref", f"the adapter does not fit, first {lacking[:1]}")
     nll_base, nll_ref = torch.zeros(2, len(data.tokens))
@@ -246,10 +246,10 @@ def pipeline(s, base, data, ref_data, out, rates):
         facts = {"rho": str(s.rho), "threshold": str(threshold), "fingerprint": mark}
         save_file(arrays | {"response": response.byte()}, out / "scores.tmp", facts)
         (out / "scores.tmp").rename(file)
+    scores = load_tensors(file)
     with safe_open(file, "pt") as stored:
         same = (stored.metadata() or {}).get("fingerprint") == mark
     require(same, file, "made from other data or models; give another --out, or delete it")
-    scores = load_file(file)
     for method in s.methods:
         learned = response if method == "sft" else scores["positive"].bool()
         tune(at_rate[method], method, base, data, learned, out)

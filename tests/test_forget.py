@@ -298,7 +298,7 @@ ALLOWED = {
     "forget.py": {"torch"},
     "model.py": {"torch", "safetensors"},
     "data.py": {"torch", "numpy", "tiktoken", "model"},
-    "eval.py": {"torch", "numpy", "safetensors", "data", "forget", "model"},
+    "eval.py": {"torch", "numpy", "data", "forget", "model"},
     "train.py": {"torch", "numpy", "safetensors", "data", "eval", "forget", "model"},
 }
 

@@ -606,3 +606,13 @@ def test_a_command_that_failed_before_any_work_does_not_block_its_directory(
     argv = [*FULL, "--model", checkpoint, "--max_steps", 1, "--out", tmp_path / "out"]
     assert run_script("train.py", *argv, "--data", tmp_path / "typo.jsonl") == 2
     assert run_script("train.py", *argv, "--data", *files) == 0
+
+
+def test_a_torn_file_of_scores_is_refused_by_name(checkpoint, files, tmp_path, capsys):
+    argv = [*FULL, "--model", checkpoint, "--data", *files, "--max_steps", 1, "--out", tmp_path]
+    assert run_script("train.py", *argv) == 0
+    file = tmp_path / "scores.safetensors"
+    for size in (0, 4, file.stat().st_size // 2):
+        file.write_bytes(file.read_bytes()[:size])
+        assert run_script("train.py", *argv) == 2
+        assert "scores.safetensors" in capsys.readouterr().err
