@@ -153,8 +153,8 @@ def train(model, data, positive, negative, s, stage, log_file):
 
 
 def peak_gb(model, trained, micro_tokens):
-    """Memory at the peak, roughly: the process, weights, 12 bytes a trained parameter (gradient, two
-    moments), what layers keep of a micro-batch for backward (fitted on SmolLM2), a chunk of logits."""
+    """Memory at the peak, roughly: the process, weights, 12 bytes a trained parameter (gradient,
+    two moments), what layers keep of a micro-batch (fitted on SmolLM2), a chunk of logits."""
     c, weights = model.cfg, sum(p.nbytes for p in model.parameters())
     kept = 15 * c.hidden_size + 8 * c.intermediate_size  # values a token and layer
     if trained < sum(p.numel() for p in model.parameters()):  # adapters keep inputs of their own
