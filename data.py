@@ -34,6 +34,8 @@ BYTE_OF = {chr(256 + _unseen.index(b) if b in _unseen else b): b for b in range(
 # 4 to 11; `tokenizers` drops such a byte from its piece ` ?[^\s\p{L}\p{N}]+`, then merges the rest.
 MAY_LACK = {b: chr(b) for b in range(32) if b not in b"\t\n\v\f\r"}
 MAY_LACK |= {0xF1: "\U00040000-\U0007ffff", 0xF2: "\U00080000-\U000bffff"}
+# white space some 500,000 long overflows the stack of the split pattern
+TOO_BLANK = re.compile(r"(?<!\s)\s{300000}")
 
 
 class Tokenizer:
@@ -43,6 +45,8 @@ class Tokenizer:
     def __init__(self, path):
         read = read_bpe if Path(path, "tokenizer.json").exists() else read_llama3
         ranks, split, self.control, self.nfc, self.add_bos = read(Path(path))
+        ids = [*ranks.values(), *self.control.values()]
+        require(len(set(ids)) == len(ids), path, "two tokens of its tokenizer have one id")
         spec = {"pat_str": split, "mergeable_ranks": ranks, "special_tokens": self.control}
         self.bpe = tiktoken.Encoding("", **spec)
         self.vocab_size, settings = self.bpe.n_vocab, {}
@@ -51,7 +55,9 @@ class Tokenizer:
         for kind in ("bos", "eos"):
             token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
             token = token["content"] if isinstance(token, dict) else token
-            setattr(self, f"{kind}_id", self.control.get(token, i[0] if isinstance(i, list) else i))
+            i = self.control.get(token, i[0] if isinstance(i, list) else i)
+            require(i is None or i in range(self.vocab_size), path, f"{kind}_token_id is {i!r}")
+            setattr(self, f"{kind}_id", i)
         self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
         lone = "".join(MAY_LACK.get(b, "") for b in self.lacking)
         other = r"(?:[^\w\s]|[_\x1c-\x1f])*"
@@ -62,14 +68,19 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path):
         """From a directory; InputError names whatever could not be reproduced exactly."""
-        return cls(path)
+        try:
+            return cls(path)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            require(isinstance(e, InputError), path, f"its tokenizer cannot be read: {e!r}")
+            raise
 
     def encode(self, text):
         text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
+        require(not TOO_BLANK.search(text), repr(text[:20]), "300,000 blanks in a row")
         for i, part in enumerate(self.lossy.split(text) if self.lone.search(text) else [text]):
             if i % 3 < 2:
                 ids += self.bpe.encode_ordinary(part)
-            elif piece := part.encode().translate(None, self.lacking):
+            elif piece := part.encode(errors="replace").translate(None, self.lacking):
                 ids += self.bpe._encode_single_piece(piece)
         return ids
 
@@ -180,24 +191,29 @@ def encode(pieces, tokenizer):
 FORMATS = ("prompt completion", "instruction input output", "instruction context response")
 
 
-def example_pieces(example, where, tokenizer, template):
+def example_pieces(example, tokenizer, template):
     """The pieces of one example in any accepted form; InputError says what is wrong with it."""
-    require(isinstance(example, dict), where, f"expected an object, not {type(example).__name__}")
+    require(isinstance(example, dict), "expected an object", f"got {type(example).__name__}")
     form = next((form for form in FORMATS if form.split()[-1] in example), "")
     if "messages" in example:
         form, messages = "system user assistant", example["messages"]
         listed = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-        require(listed, where, '"messages" must list objects')
+        require(listed, "messages", "expected a list of objects")
         turns = [(m.get("role"), m.get("content")) for m in messages]
-        require("assistant" in [role for role, _ in turns], where, "no assistant message to learn")
+        roles = [role for role, _ in turns]
+        answered = "assistant" in roles and roles[0] != "assistant"
+        require(
+            answered, "messages", f"expected another's, then the assistant's, not {roles!r:.80}"
+        )
     else:
-        require(form, where, f"expected messages, or {', or '.join(FORMATS)}")
+        require(form, "expected", f"messages, or {', or '.join(FORMATS)}")
         values = {key: value for key, value in example.items() if value is not None}
         turns = [(key, ({"input": "", "context": ""} | values).get(key)) for key in form.split()]
     for key, text in turns:
         known = key in form.split() and isinstance(text, str)
-        require(known, where, f"expected texts of {form}, got {key!r}: {text!r:.40}")
-        require(not re.search("[\ud800-\udfff]", text), where, "half of a surrogate pair in a text")
+        require(known, "expected", f"texts of {form}, got {key!r}: {text!r:.40}")
+        require(not re.search("[\0\ud800-\udfff]", text), key, "a NUL or half a surrogate pair")
+        require(text.strip() or key != form.split()[-1], key, "an empty response")
     *question, answer = (text for _, text in turns)
     if form == "prompt completion":
         joint = "" if re.search(r"^$|\s$", question[0]) or answer[:1].isspace() else " "
@@ -207,21 +223,42 @@ def example_pieces(example, where, tokenizer, template):
     return render(turns, tokenizer, template)
 
 
-def read_file(file):
-    """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not."""
+def unique(pairs):
+    """The object of these pairs; if a key stands twice, which of its values counts is a guess."""
+    keys = [key for key, _ in pairs]
+    require(len(set(keys)) == len(keys), "a key stands twice", f"{keys!r:.80}")
+    return dict(pairs)
+
+
+parse = json.JSONDecoder(object_pairs_hook=unique).decode
+
+
+def read_file(file, bad=None):
+    """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not. Given a
+    list `bad`, what is wrong with a line is appended to it, and the next one read."""
     where, name = str(file), str(file).removesuffix(".gz")
     require(name.endswith((".jsonl", ".json")), file, "expected .jsonl or .json, or these with .gz")
     try:
         with (open if name == where else gzip.open)(file, "rb") as stream:
             if name.endswith(".json"):
-                values = json.loads(stream.read().decode("utf-8-sig"))
+                text = stream.read(2**28).decode("utf-8-sig")
+                require(len(text) < 2**28, "too long", "over 256 MB of .json, give .jsonl")
+                values = parse(text)
                 require(isinstance(values, list), "JSON", "expected one array of examples")
                 yield from ((f"{file}, item {i}", value) for i, value in enumerate(values, 1))
             else:
-                for i, line in enumerate(stream, 1):
+                for i, line in enumerate(iter(lambda: stream.readline(2**24), b""), 1):
                     where = f"{file}, line {i}"
-                    if text := line.decode("utf-8-sig").strip():
-                        yield where, json.loads(text)
+                    try:
+                        require(len(line) < 2**24, "too long", "over 16 MB, expected an example")
+                        if text := line.decode("utf-8-sig").strip():
+                            yield where, parse(text)
+                    except (ValueError, RecursionError) as e:
+                        if bad is None:
+                            raise
+                        bad.append(f"{where}: {e}")
+                    while line and line[-1:] != b"\n":  # the rest of one that is too long
+                        line = stream.readline(2**24)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise InputError(f"{where}: {e}") from None
 
@@ -266,12 +303,18 @@ class Examples:
             rows, lengths = rows[B:], lengths[B:]
 
 
-def tokenize(examples, tokenizer, template, max_len):
+def tokenize(examples, tokenizer, template, max_len, bad=None):
     """Examples of pairs (where, example), each cut to max_len tokens. One whose whole response is
-    cut off is skipped and counted. A first token, predicted from nothing, is no response."""
+    cut off is skipped and counted. A first token, predicted from nothing, is no response. `bad` is
+    that of read_file."""
     tokens, response, ends, skipped = array("i"), bytearray(), array("q", [0]), 0
     for where, example in examples:
-        ids, mask = encode(example_pieces(example, where, tokenizer, template), tokenizer)
+        try:
+            ids, mask = encode(example_pieces(example, tokenizer, template), tokenizer)
+        except (InputError, RecursionError) as e:
+            require(bad is not None, where, e)
+            bad.append(f"{where}: {e}")
+            continue
         mask = [False, *mask[1:max_len]]
         skipped += not any(mask)
         if any(mask):
@@ -283,10 +326,13 @@ def tokenize(examples, tokenizer, template, max_len):
     return Examples(*(np.array(a, t) for a, t in ((tokens, "i4"), (ends, "i8"), (response, "?"))))
 
 
-def read_examples(files, tokenizer, template, max_len):
+def read_examples(files, tokenizer, template, max_len, skip_bad=False):
     """The examples of all files, in order."""
-    pairs = (pair for file in files for pair in read_file(file))
-    examples = tokenize(pairs, tokenizer, template, max_len)
+    bad = [] if skip_bad else None
+    pairs = (pair for file in files for pair in read_file(file, bad))
+    examples = tokenize(pairs, tokenizer, template, max_len, bad)
+    if bad:
+        print(f"{len(bad)} bad examples skipped, first {bad[0]}")
     require(len(examples), ", ".join(map(str, files)), "no example to use")
     return examples
 
