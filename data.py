@@ -17,7 +17,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from model import InputError, read_json, require
+from model import InputError, parse, read_json, require
 
 # --- tokenizer -----------------------------------------------------------------------------------
 
@@ -34,8 +34,6 @@ BYTE_OF = {chr(256 + _unseen.index(b) if b in _unseen else b): b for b in range(
 # 4 to 11; `tokenizers` drops such a byte from its piece ` ?[^\s\p{L}\p{N}]+`, then merges the rest.
 MAY_LACK = {b: chr(b) for b in range(32) if b not in b"\t\n\v\f\r"}
 MAY_LACK |= {0xF1: "\U00040000-\U0007ffff", 0xF2: "\U00080000-\U000bffff"}
-# white space some 500,000 long overflows the stack of the split pattern
-TOO_BLANK = re.compile(r"(?<!\s)\s{300000}")
 
 
 class Tokenizer:
@@ -47,6 +45,9 @@ class Tokenizer:
         ranks, split, self.control, self.nfc, self.add_bos = read(Path(path))
         ids = [*ranks.values(), *self.control.values()]
         require(len(set(ids)) == len(ids), path, "two tokens of its tokenizer have one id")
+        for b in [*range(0xC0), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
+            known = bytes([b]) in ranks or b in MAY_LACK and split in (GPT2_SPLIT, DIGITS_SPLIT)
+            require(known, path, f"no byte {b:#x} in tokenizer.json or tokenizer.model")
         spec = {"pat_str": split, "mergeable_ranks": ranks, "special_tokens": self.control}
         self.bpe = tiktoken.Encoding("", **spec)
         self.vocab_size, settings = self.bpe.n_vocab, {}
@@ -56,7 +57,9 @@ class Tokenizer:
             token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
             token = token["content"] if isinstance(token, dict) else token
             i = self.control.get(token, i[0] if isinstance(i, list) else i)
-            require(i is None or i in range(self.vocab_size), path, f"{kind}_token_id is {i!r}")
+            require(
+                i is None or type(i) is int and 0 <= i < self.vocab_size, path, f"{kind} is {i!r}"
+            )
             setattr(self, f"{kind}_id", i)
         self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
         lone = "".join(MAY_LACK.get(b, "") for b in self.lacking)
@@ -76,7 +79,8 @@ class Tokenizer:
 
     def encode(self, text):
         text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
-        require(not TOO_BLANK.search(text), repr(text[:20]), "300,000 blanks in a row")
+        # some 500,000 overflow the stack of the split pattern
+        require(not re.search(r"(?<!\s)\s{300000}", text), "text", "300,000 blanks in a row")
         for i, part in enumerate(self.lossy.split(text) if self.lone.search(text) else [text]):
             if i % 3 < 2:
                 ids += self.bpe.encode_ordinary(part)
@@ -126,8 +130,6 @@ def read_bpe(path):
         whole = bpe.get("ignore_merges") and not cut and BYTE_OF.keys() >= set(token)
         require(whole, file, f"token {token!r} that no merge makes")
     ranks = {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
-    for b in [*range(0xC0), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
-        require(bytes([b]) in ranks or b in MAY_LACK and not own, file, f"no byte {b:#x}")
     post = sum((step.get("single", []) for step in steps("post_processor", "processors")), [])
     single = " ".join(kind for part in post for kind in part)
     require(single in ("", "Sequence", "SpecialToken Sequence"), file, f"post_processor {single}")
@@ -140,9 +142,7 @@ def read_llama3(path):
         pairs = filter(None, map(bytes.split, (path / "tokenizer.model").open("rb")))
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (OSError, ValueError):
-        expected = (
-            "expected tokenizer.json or Llama 3's tokenizer.model (SentencePiece is not read)"
-        )
+        expected = "expected tokenizer.json or Llama 3's tokenizer.model (not of SentencePiece)"
         raise InputError(f"{path}: {expected}") from None
     other = [f"reserved_special_token_{i}" for i in range(251)]
     names = ["begin_of_text", "end_of_text", *other[:4], "start_header_id", "end_header_id"]
@@ -202,9 +202,7 @@ def example_pieces(example, tokenizer, template):
         turns = [(m.get("role"), m.get("content")) for m in messages]
         roles = [role for role, _ in turns]
         answered = "assistant" in roles and roles[0] != "assistant"
-        require(
-            answered, "messages", f"expected another's, then the assistant's, not {roles!r:.80}"
-        )
+        require(answered, "messages", f"no answer, or nothing before it, in {roles!r:.80}")
     else:
         require(form, "expected", f"messages, or {', or '.join(FORMATS)}")
         values = {key: value for key, value in example.items() if value is not None}
@@ -223,16 +221,6 @@ def example_pieces(example, tokenizer, template):
     return render(turns, tokenizer, template)
 
 
-def unique(pairs):
-    """The object of these pairs; if a key stands twice, which of its values counts is a guess."""
-    keys = [key for key, _ in pairs]
-    require(len(set(keys)) == len(keys), "a key stands twice", f"{keys!r:.80}")
-    return dict(pairs)
-
-
-parse = json.JSONDecoder(object_pairs_hook=unique).decode
-
-
 def read_file(file, bad=None):
     """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not. Given a
     list `bad`, what is wrong with a line is appended to it, and the next one read."""
@@ -241,9 +229,9 @@ def read_file(file, bad=None):
     try:
         with (open if name == where else gzip.open)(file, "rb") as stream:
             if name.endswith(".json"):
-                text = stream.read(2**28).decode("utf-8-sig")
-                require(len(text) < 2**28, "too long", "over 256 MB of .json, give .jsonl")
-                values = parse(text)
+                content = stream.read(2**28)
+                require(len(content) < 2**28, "too long", "over 256 MB, write it as .jsonl")
+                values = parse(content)
                 require(isinstance(values, list), "JSON", "expected one array of examples")
                 yield from ((f"{file}, item {i}", value) for i, value in enumerate(values, 1))
             else:
@@ -251,8 +239,8 @@ def read_file(file, bad=None):
                     where = f"{file}, line {i}"
                     try:
                         require(len(line) < 2**24, "too long", "over 16 MB, expected an example")
-                        if text := line.decode("utf-8-sig").strip():
-                            yield where, parse(text)
+                        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                            yield where, parse(line)
                     except (ValueError, RecursionError) as e:
                         if bad is None:
                             raise
@@ -305,8 +293,7 @@ class Examples:
 
 def tokenize(examples, tokenizer, template, max_len, bad=None):
     """Examples of pairs (where, example), each cut to max_len tokens. One whose whole response is
-    cut off is skipped and counted. A first token, predicted from nothing, is no response. `bad` is
-    that of read_file."""
+    cut off is skipped and counted. A first token, predicted from nothing, is no response."""
     tokens, response, ends, skipped = array("i"), bytearray(), array("q", [0]), 0
     for where, example in examples:
         try:

@@ -37,10 +37,21 @@ def require(ok, source, problem):
         raise InputError(f"{source}: {problem}")
 
 
+def parse(content):
+    """The value of JSON in UTF-8, with or without a byte order mark; ValueError if it is none. If a
+    key stood twice in an object, which of its values counts would be a guess."""
+
+    def unique(pairs):
+        require(len(dict(pairs)) == len(pairs), "a key stands twice", f"{list(dict(pairs))!r:.80}")
+        return dict(pairs)
+
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+
+
 def read_json(path):
     """The object in a JSON file; InputError if there is none."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse(Path(path).read_bytes())
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
@@ -61,8 +72,7 @@ def read_config(raw, source="config.json"):
     H, K = cfg.num_attention_heads, cfg.num_key_value_heads
     require(H % K == 0, source, f"{K} key/value heads do not divide {H} heads")
     cfg.head_dim = D = raw.get("head_dim") or cfg.hidden_size // H
-    even = type(D) is int and D in range(2, 10**6, 2)
-    require(even, source, f"head_dim is {D!r}, not even")
+    require(type(D) is int and D in range(2, 10**6, 2), source, f"head_dim is {D!r}, not even")
     require(cfg.hidden_act == "silu", source, f"hidden_act is {cfg.hidden_act!r}, not silu")
     sliding = raw.get("use_sliding_window", cfg.model_type == "mistral")
     require(not (sliding and raw.get("sliding_window")), source, "sliding-window attention")
@@ -296,10 +306,10 @@ def stored_tensors(path):
     files = {path / str(name) for name in shards.values()}
     require(all(f.parent == path for f in files), index, "a shard lies outside the directory")
     for file in sorted(files):
-        require(file.is_file(), file, "no such file (.bin, .pth and GGUF files are not read)")
         try:
+            require(file.is_file(), file, "no such file (.bin, .pth and GGUF files are not read)")
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no dict)
                     yield file, name, tensors.get_tensor(name)
-        except SafetensorError as e:
+        except (OSError, SafetensorError) as e:
             raise InputError(f"{file}: not a whole safetensors file: {e}") from None
