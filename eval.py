@@ -321,6 +321,7 @@ def tydiqa(file, s, tokenizer):
             start += f"{shown(demo, *words)} {demo['answers'][0]['text']}"
         for example in examples:
             context, gold = start + shown(example, *words), [a["text"] for a in example["answers"]]
+            require(all(isinstance(text, str) for text in gold), "expected", f"texts, not {gold}")
             prompt = default_ids(tokenizer, context)
             yield item(context, [], gold, language=name, prompt=prompt)
 

@@ -45,6 +45,18 @@ SECONDS, MEGABYTES = 20, 600  # for a case; beyond what the process held before 
 PAIRS = [{"prompt": f"what is {i}", "completion": " the capital of France"} for i in range(8)]
 GOOD = json.dumps(PAIRS[0])
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+MC = {"the capital": 1, "what is": 0}
+TYDI = {"id": "english-1", "question": "what is", "answers": [{"text": "the capital"}]}
+TYDI = {"data": [{"paragraphs": [{"context": "the capital of France", "qas": [TYDI]}]}]}
+BENCHMARKS = {  # small files of the right form: task is what stands between the dots
+    "data.truthfulqa_mc1.json": json.dumps([{"question": "what", "mc1_targets": MC}] * 2),
+    "data.truthfulqa_mc2.json": json.dumps([{"question": "what", "mc2_targets": MC}] * 2),
+    "data.boolq.jsonl": '{"question": "is it", "passage": "the capital", "label": true}\n' * 2,
+    "data.logiqa.txt": "b\nthe capital.\nwhat is?\nA.the\nB.of\nC.a\nD.it\n\n" * 2,
+    "data.asdiv.xml": "<R><Problem><Body>the</Body><Question>what is</Question>"
+    "<Answer>3 (of)</Answer></Problem></R>",
+    "data.tydiqa.json": json.dumps(TYDI),
+}
 UP = "model.layers.1.mlp.up_proj.weight"
 ESC = "\x1b]0;owned\x07\x1b[2J"
 
@@ -174,7 +186,7 @@ def lose(name):
     return lambda path: (path / name).unlink()
 
 
-# --- the list: name -> (damage, what the message must name besides) ------------------------------
+# --- the list: name -> (damage, what the message must name besides; None = not even the file) ----
 
 LISTED = {
     # data
@@ -253,6 +265,49 @@ LISTED = {
     "data.jsonl.gz bombs": (write("data.jsonl.gz", gzip.compress(b"[" * 2**20) * 128), "line 1"),
     "data.json.gz bomb": (write("data.json.gz", gzip.compress(b"[" + b" " * 2**20) * 257), ".gz"),
     # the checkpoint
+    # benchmarks
+    "data.truthfulqa_mc1.json surrogate": (
+        write(
+            "data.truthfulqa_mc1.json",
+            json.dumps([{"question": "\ud800", "mc1_targets": {"\ud800!\x01": 0}}]),
+        ),
+        "truthfulqa",
+    ),
+    "data.truthfulqa_mc1.json escape": (
+        write(
+            "data.truthfulqa_mc1.json", json.dumps([{"question": ESC, "mc1_targets": {ESC: ESC}}])
+        ),
+        "labels",
+    ),
+    "data.tydiqa.json escape": (
+        write("data.tydiqa.json", json.dumps(TYDI).replace("english-1", "\\u001b[2J")),
+        "language",
+    ),
+    "data.boolq.jsonl spaces": (
+        write(
+            "data.boolq.jsonl", BENCHMARKS["data.boolq.jsonl"].replace("the capital", " " * 10**6)
+        ),
+        None,
+    ),
+    "data.asdiv.xml bomb": (
+        write(
+            "data.asdiv.xml",
+            '<!DOCTYPE a [<!ENTITY a "%s">%s]><R>&k;</R>'
+            % (
+                "a" * 9999,
+                "".join(f'<!ENTITY {chr(98 + i)} "{f"&{chr(97 + i)};" * 9}">' for i in range(10)),
+            ),
+        ),
+        "asdiv",
+    ),
+    "data.asdiv.xml file": (
+        write(
+            "data.asdiv.xml",
+            '<!DOCTYPE a [<!ENTITY a SYSTEM "/etc/passwd">]>'
+            "<R><Problem><Body>&a;</Body></Problem></R>",
+        ),
+        "asdiv",
+    ),
     "model missing": (lambda path: shutil.rmtree(path / "model"), "model"),
     "model empty": (replace(lambda p: shutil.rmtree(p / "model"), folder("model")), "model"),
     "config missing": (lose("model/config.json"), "config.json"),
@@ -509,6 +564,13 @@ def systematic(path):
         make = write(name, content)
         damaged = [*cuts(name, len(content), 20), *flips(name, 0, len(content), 50, rng)]
         cases += [(title, replace(make, how)) for title, how in damaged]
+    for name, text in BENCHMARKS.items():
+        some = [*cuts(name, len(text), 12), *flips(name, 0, len(text), 30, rng)]
+        if "json" in name:
+            first = text.split("\n")[0]
+            again = [(title, how) for title, how in mutations(name, json.loads(first), 9)]
+            cases += [(title, replace(write(name, first), how)) for title, how in again]
+        cases += [(title, replace(write(name, text), how)) for title, how in some]
     chat = json.dumps({"messages": CHAT})
     make = write("data.jsonl", chat)
     changed = mutations("data.jsonl", json.loads(chat))
@@ -563,7 +625,9 @@ def command(script, path):
     argv = ["--model", path / "model", "--data", data]
     argv += ["--device", "cpu", "--dtype", "float32"]
     if script == "eval.py":
-        argv += ["--task", "nll", "--out", path / "out"]
+        task = data.name.split(".")[1]
+        task = task if task in evaluation.TASKS else "nll"
+        argv += ["--task", task, "--max_new", 9, "--out", path / "out"]
     else:
         argv += ["--max_steps", 1, "--batch_size", 4, "--lora_rank", 0]
         argv += ["--ref_data", data, "--out", path / "out"]
@@ -589,7 +653,8 @@ def attempt(script, path, named, may_run):
     wrong = []
     if status == 2:
         result = "refused"
-        wrong += ["does not name the place"] * (str(path) not in message or named not in message)
+        placed = named is None or str(path) in message and named in message
+        wrong += ["does not name the place"] * (not placed)
         trained = list((path / "out").rglob("*.safetensors")) if (path / "out").is_dir() else []
         wrong += ["something was trained"] * bool(trained)
     elif status == 1 and may_run and "--lr" in message:
@@ -612,18 +677,22 @@ def megabytes():
 def cases(path, every=1):
     """(name, damage, what is named, may it run, scripts)"""
     for name, (damage, named) in LISTED.items():
-        yield name, damage, named, False, ("train.py", "eval.py")
+        scripts = ("train.py", "eval.py")
+        yield name, damage, named, False, scripts[name.split(" ")[0] in BENCHMARKS :]
     for i, (name, damage) in enumerate(systematic(path)[::every]):
-        yield name, damage, "", True, (("train.py", "eval.py")[i % 2],)
+        only_eval = name.split(" ")[0] in BENCHMARKS
+        yield name, damage, "", True, ("eval.py" if i % 2 or only_eval else "train.py",)
 
 
 def run_all(path, every=1, only=None, show=False):
     """Counter of results, and [(name, script, result, message)] of what went wrong."""
     good, counts, failures = base(path / "good"), Counter(), []
-    for script in ("train.py", "eval.py"):
-        shutil.copytree(good, path / script)
-        result = attempt(script, path / script, "", True)
-        assert result[0] == "ran", result  # the files are good before they are damaged
+    for name in ("train.py", "eval.py", *BENCHMARKS):  # good before they are damaged
+        shutil.copytree(good, path / name)
+        if name in BENCHMARKS:
+            (path / name / name).write_text(BENCHMARKS[name])
+        result = attempt("train.py" if name == "train.py" else "eval.py", path / name, "", True)
+        assert result[0] == "ran", (name, result)
     held = megabytes()
     for name, damage, named, may_run, scripts in cases(good, every):
         if only and only not in name:
