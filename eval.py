@@ -83,8 +83,13 @@ def exit_status(main, argv):
         status, message = 1, f"out of memory, lower --micro_tokens: {str(e).splitlines()[0]}"
     except (FloatingPointError, OSError) as e:
         status, message = 1, e
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {visible(' '.join(str(message)[:1000].split()))}", file=sys.stderr)
     return status
+
+
+def visible(text):
+    """Text whose control characters, which could drive a terminal, stand as Python writes them."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
 
 def pick(device, dtype):
@@ -93,7 +98,8 @@ def pick(device, dtype):
     if device == "auto":
         device = torch.accelerator.current_accelerator() or "cpu"
     try:
-        device = torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=device)
+        device, _ = probe.device, probe.item()  # meta holds no values
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {device}: {str(e).splitlines()[0]}") from None
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -174,7 +180,7 @@ def loglikelihoods(model, tokenizer, items, micro_tokens):
     """For each item, [2, continuations] float64: the log-likelihoods of its continuations, and how
     many tokens of each are not the likeliest."""
     head_weight, counts = model.head_weight, [len(one["continuations"]) for one in items]
-    rows = pack(tokenizer, items, model.cfg.raw.get("max_position_embeddings", 2048))
+    rows = pack(tokenizer, items, model.cfg.max_position_embeddings)
     sums = torch.zeros(2, 1 + sum(counts), dtype=torch.float64)
     for batch in batches([len(row) for row in rows], micro_tokens):
         padded = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)
@@ -328,6 +334,7 @@ def tydiqa(file, s, tokenizer):
             start += f"{shown(demo, *words)} {demo['answers'][0]['text']}"
         for example in examples:
             context, gold = start + shown(example, *words), [a["text"] for a in example["answers"]]
+            require(all(isinstance(text, str) for text in gold), "expected", f"texts, not {gold}")
             prompt = default_ids(tokenizer, context)
             yield item(context, [], gold, language=name, prompt=prompt)
 
@@ -545,6 +552,8 @@ def main(argv):
     require(s.model and (s.prompt or s.task and s.data), "expected", usage)
     files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
     require(s.prompt or len(files) == len(s.task), "--data", "expected one entry for each task")
+    sensible = s.temperature >= 0 or s.temperature == -1
+    require(sensible, "--temperature", f"{s.temperature} is neither -1 nor from 0 up")
     device, dtype = pick(s.device, s.dtype)
     clash = s.out and any(Path(s.out) == Path(file) for some in files for file in some)
     require(not clash, "--out", f"{s.out} is a data file")
@@ -555,7 +564,7 @@ def main(argv):
     if s.prompt:
         turns = [("user", s.prompt), ("assistant", None)]
         ids, _ = encode(render(turns, tokenizer, s.template), tokenizer)
-        print(*say(s, model, tokenizer, [ids], s.max_new, s.temperature))
+        print(*map(visible, say(s, model, tokenizer, [ids], s.max_new, s.temperature)))
         return
     with open(s.out or os.devnull, "w") as out:
         for task, some in zip(s.task, files):

@@ -26,6 +26,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 DEFAULTS = {"model_type": None, "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 DEFAULTS |= {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+DEFAULTS |= {"max_position_embeddings": 2048}
+MOST = {"num_hidden_layers": 1000, "max_position_embeddings": 10**9}  # of the others: a million
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -38,10 +40,21 @@ def require(ok, source, problem):
         raise InputError(f"{source}: {problem}")
 
 
+def parse(content):
+    """The value of JSON in UTF-8, with or without a byte order mark; ValueError if it is none. If a
+    key stood twice in an object, which of its values counts would be a guess."""
+
+    def unique(pairs):
+        require(len(dict(pairs)) == len(pairs), "a key stands twice", f"{list(dict(pairs))!r:.80}")
+        return dict(pairs)
+
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+
+
 def read_json(path):
     """The object in a JSON file; InputError if there is none."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse(Path(path).read_bytes())
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
@@ -56,13 +69,13 @@ def read_config(raw, source="config.json"):
     cfg = SimpleNamespace(**dict.fromkeys(SIZES) | DEFAULTS | raw, raw=raw)
     require(cfg.model_type in FAMILIES, source, f"model_type is {cfg.model_type!r}, not {FAMILIES}")
     cfg.num_key_value_heads = raw.get("num_key_value_heads") or cfg.num_attention_heads
-    for name in (*SIZES, "num_key_value_heads"):
-        size = getattr(cfg, name)
-        require(type(size) is int and 0 < size < 10**7, source, f"{name} is {size!r}")
+    for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
+        size, most = getattr(cfg, name), MOST.get(name, 10**6)
+        require(type(size) is int and 0 < size <= most, source, f"{name} is {size!r}")
     H, K = cfg.num_attention_heads, cfg.num_key_value_heads
     require(H % K == 0, source, f"{K} key/value heads do not divide {H} heads")
     cfg.head_dim = D = raw.get("head_dim") or cfg.hidden_size // H
-    require(type(D) is int and D > 0 and D % 2 == 0, source, f"head_dim is {D!r}, not even")
+    require(type(D) is int and D in range(2, 10**6, 2), source, f"head_dim is {D!r}, not even")
     require(cfg.hidden_act == "silu", source, f"hidden_act is {cfg.hidden_act!r}, not silu")
     sliding = raw.get("use_sliding_window", cfg.model_type == "mistral")
     require(not (sliding and raw.get("sliding_window")), source, "sliding-window attention")
@@ -75,7 +88,7 @@ def read_config(raw, source="config.json"):
     cfg.rope["rope_theta"] = cfg.rope["rope_theta"] or 1e4
     needed = ("rope_theta", *LLAMA3) if kind == "llama3" else ("rope_theta",)
     numbers = {key: cfg.rope.get(key) for key in needed} | {"rms_norm_eps": cfg.rms_norm_eps}
-    odd = {k: v for k, v in numbers.items() if not isinstance(v, (int, float)) or v <= 0}
+    odd = {k: v for k, v in numbers.items() if not isinstance(v, (int, float)) or not 0 < v < 1e30}
     require(not odd, source, f"expected positive numbers, not {odd}")
     return cfg
 
@@ -305,7 +318,9 @@ class Transformer(nn.Module):
             require(name in wanted, file, f"{name} is not a tensor of this model (config.json)")
             found = f"{name} is {tensor.dtype} {list(tensor.shape)}, expected float {wanted[name]}"
             require(tensor.is_floating_point() and list(tensor.shape) == wanted[name], file, found)
-            state[name] = tensor.to(device, dtype, copy=True)  # never a view of the file
+            state[name] = tensor = tensor.to(device, dtype, copy=True)  # never a view of the file
+            finite = torch.stack(tensor.aminmax()).isfinite().all()
+            require(finite, file, f"{name} holds NaN or infinity")
         missing = [name for name in wanted if name not in state]
         require(not missing, path, f"{len(missing)} tensors are missing, first {missing[:1]}")
         model.load_state_dict(state, assign=True)
@@ -340,10 +355,10 @@ def stored_tensors(path):
     files = {path / str(name) for name in shards.values()}
     require(all(f.parent == path for f in files), index, "a shard lies outside the directory")
     for file in sorted(files):
-        require(file.is_file(), file, "no such file (.bin, .pth and GGUF files are not read)")
         try:
+            require(file.is_file(), file, "no such file (.bin, .pth and GGUF files are not read)")
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no dict)
                     yield file, name, tensors.get_tensor(name)
-        except SafetensorError as e:
+        except (OSError, SafetensorError) as e:
             raise InputError(f"{file}: not a whole safetensors file: {e}") from None

@@ -56,6 +56,7 @@ class Settings:
     epochs: int = opt(1, "passes over the data", 1, 10**9)
     max_steps: int = opt(0, "most optimizer steps of a stage; 0 = no limit", 0, 10**9)
     max_len: int = opt(2048, "tokens; longer examples are cut", 2, 10**9)
+    skip_bad: bool = opt(False, "skip and count broken examples, where else the first one stops")
     template: str = opt("tulu", "chat format (tulu = published)", *TEMPLATES)
     noise: float = opt(0.4, "world: share of facts annotated with their myth", 0, 1)
     repeats: int = opt(5, "world: runs, each with names, noise and order of its own", 1, 10**6)
@@ -315,11 +316,12 @@ def real_run(s, out):
     vocab = tokenizer.vocab_size
     size = read_config(read_json(Path(s.model, "config.json")), s.model).vocab_size
     require(vocab <= size, s.model, f"{vocab} tokens in the tokenizer, but {size} in the model")
-    data = read_examples(s.data, tokenizer, s.template, s.max_len)
+    how = tokenizer, s.template, s.max_len, s.skip_bad
+    data = read_examples(s.data, *how)
     n, most = len(data), s.max_steps * s.batch_size or len(data)  # what max_steps can see
     order, cut = np.random.default_rng(s.seed).permutation(n), round(s.ref_fraction * n)
     if s.ref_data:
-        ref_data, cut = read_examples(s.ref_data, tokenizer, s.template, s.max_len), 0
+        ref_data, cut = read_examples(s.ref_data, *how), 0
     else:
         require(0 < cut < n, "--ref_fraction", f"it splits {n} examples into {cut} and {n - cut}")
         ref_data = data.subset(np.sort(order[:cut][:most]))

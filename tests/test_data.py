@@ -660,7 +660,7 @@ def test_an_optional_field_may_be_null(checkpoint):
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     example = {"instruction": "a", "output": "b"}
     pieces = [
-        list(example_pieces(e, "here", tokenizer, "tulu"))
+        list(example_pieces(e, tokenizer, "tulu"))
         for e in (example, example | {"input": None})
     ]
     assert pieces[0] == pieces[1]

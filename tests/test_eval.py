@@ -205,8 +205,9 @@ def test_task_nll_prints_the_mean_and_its_standard_error(
 
 def test_task_nll_of_a_single_token_is_still_json(checkpoint, tmp_path, capsys):
     file = tmp_path / "one.jsonl"
-    file.write_text('{"prompt": "people ", "completion": ""}')
+    file.write_text('{"prompt": "people ", "completion": "ash"}')
     argv = ["--model", checkpoint, "--task", "nll", "--data", file, "--dtype", "float32"]
+    argv += ["--max_len", 3]  # cuts all but one token of the response
     assert run_script("eval.py", *argv) == 0
     assert last_json(capsys.readouterr().out)["n"] == 1
 
