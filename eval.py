@@ -506,90 +506,79 @@ def compare(*files):
 
 # --- report --------------------------------------------------------------------------------------
 
-# blue and orange differ for the colour-blind too; every text has a contrast of 4.5 or more
 STYLE = """
-:root { color-scheme: light dark; --blue: #0b5cad; --orange: #b04a00; --green: #00745a;
-  --grey: #686868; --rule: #ddd }
-@media (prefers-color-scheme: dark) { :root { --blue: #6db3ff; --orange: #ff9d4d; --green: #3fd0a4;
-  --grey: #a0a0a0; --rule: #444 } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 0 1rem 6rem }
-h2 { margin-top: 2.5rem } figure { margin: 0 } .grid { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
-.example { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9 }
-i { color: var(--grey); font-style: normal } kbd { outline: 1px solid; font-size: .8em }
-.up { --hue: var(--blue) } .down { --hue: var(--orange) } u { text-decoration-thickness: 2px }
-b { background: color-mix(in srgb, var(--hue) var(--much, 50%), transparent); font-weight: normal }
+:root { color-scheme: light dark }
+body { font: 16px/1.6 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 0 1rem 7rem }
+section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
+section > * { margin: 0 0 1.5rem; padding-right: 1.5rem }
+p { white-space: pre-wrap; overflow-wrap: anywhere } .wide { grid-column: 1 / -1 }
+b { font-weight: normal } i { color: color-mix(in srgb, CanvasText 65%, Canvas); font-style: normal }
 [data-t]:hover::after, [data-t]:focus::after { content: attr(data-t); position: fixed; inset: auto 0
-  0 0; padding: .5rem 1rem; line-height: 1.5; background: CanvasText; color: Canvas }
-table { border-collapse: collapse; display: block; overflow-x: auto; margin-bottom: 1rem }
-th, td { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid var(--rule) }
-svg { width: 100%; font-size: 12px } svg text { fill: currentColor } svg.key { width: 1.5rem }
-path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round }
-.rule { color: var(--rule) } .mark { stroke-dasharray: 5 4 } .ref, .each { color: var(--grey) }
-.negative, .sft { color: var(--orange) } .positive, .forget { color: var(--blue) }
-.ignore { color: var(--green); stroke-dasharray: 6 3 }
-.positive path, .negative path { fill: currentColor; fill-opacity: .3 }
+  0 0; padding: .5rem 1rem; background: CanvasText; color: Canvas }
+table { border-spacing: 1rem 0; display: block; overflow: auto } th, td { text-align: left }
+svg { width: 100%; font-size: 12px; stroke-width: 1.5; stroke-linecap: round; fill: none }
+text { fill: CanvasText } .x { text-anchor: middle } .y { text-anchor: end }
 """
 LEGEND = """Each token of a response is coloured by its influence: its nll under the base model minus
-that under the reference model. <b class=up>Blue</b>: the reference model improved on it;
-<b class=down>orange</b>: it got worse. <u>Underlined</u>: the negative tokens, which are ignored or
-forgotten. <i>Grey</i>: the prompt. Hover over a token or tap it for its numbers. · is a space, ⏎ a
-line break, ⇥ a tab, <kbd>a box</kbd> a control token, and \\x.. are the bytes of half a character."""
+that under the reference model. <b style=background:#2f7ed880>Blue</b>: the reference improved on
+it; <b style=background:#d95f0280>orange</b>: it got worse. <u>Underlined</u>: the negative tokens,
+which are ignored or forgotten. <i>Grey</i>: the prompt. Hover over a token or tap it for its
+numbers. · is a space, ⏎ a line break, ⇥ a tab, ⟦a control token⟧, \\x.. bytes of half a character.
+"""
+# these two suit the colour-blind, and all four light and dark pages
+COLOURS = {"positive": "#2f7ed8", "negative": "#d95f02"}
+COLOURS |= {"forget": "#2f7ed8", "sft": "#d95f02", "ignore": "#1b9e77"}
 CURVES = {"pos_nll": ("Loss on P", "nats a token"), "neg_nll": ("Loss on N", "nats a token")}
 CURVES |= {"lam": ("Weight of forgetting", "λ"), "lr": ("Learning rate", "lr")}
 CURVES |= {"grad_norm": ("Gradient norm", "before clipping"), "tokens_per_s": ("Speed", "tokens/s")}
-VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥"}
+MARKS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
 def read_scores(file):
-    """The arrays of a scores.safetensors, flat over the tokens of D_train, with influence, its
-    strength (0 to 1) and the rank of each response token (1 = the highest influence)."""
+    """The flat arrays of a scores.safetensors, with influence, its strength from 0 to 1, and the
+    rank of each response token (1 = the highest influence)."""
     d = SimpleNamespace(**{name: tensor.numpy() for name, tensor in load_tensors(file).items()})
     d.response, d.positive, d.influence = d.response > 0, d.positive > 0, d.nll_base - d.nll_ref
-    size = np.abs(d.influence)
-    d.strength = np.minimum(1, size / max(1e-6, np.percentile(size[d.response], 95)))
-    d.rank = np.zeros(len(d.tokens), int)
+    scale = np.percentile(np.abs(d.influence[d.response]), 95) or 1
+    d.strength, d.rank = np.minimum(np.abs(d.influence) / scale, 1), np.zeros_like(d.tokens)
     order = np.argsort(-d.influence[d.response], kind="stable")  # as in partition
     d.rank[np.flatnonzero(d.response)[order]] = np.arange(1, len(order) + 1)
     return d
 
 
 def read_run(out):
-    """What a finished run left in `out`, and each later repeat of the world beside it: its settings
-    and closing table, the tokenizer, scores of each repeat, curves {log key: lines of chart}."""
+    """What a finished run, and in the world each later repeat, left in `out`: summary, tokenizer,
+    scores (one for each repeat), curves {log key: {(folder, stage): [(step, value), ...]}}."""
     try:
-        summary, curves = read_json(out / "summary.json"), {key: [] for key in CURVES}
-        s = summary["settings"]
-        repeats = range(2, 2 if s["model"] else s["repeats"] + 1)
-        folders = [out, *(out / f"repeat{i}" for i in repeats)]
-        scores = [read_scores(folder / "scores.safetensors") for folder in folders]
-        for folder in folders:
-            log = [record for _, record in read_file(folder / "log.jsonl")]
-            for key, stage in product(CURVES, ("ref", *s["methods"])):
-                steps = [r for r in log if r["stage"] == stage and r[key] is not None]
-                steps = [r for r in steps if key != "neg_nll" or r["n_neg"]]
-                x, y = (np.array([r[k] for r in steps], float) for k in ("step", key))
-                curves[key] += [(stage, thin(x), thin(y))] if steps else []
-        # a method's checkpoint holds the tokenizer too, should the model have moved
-        homes = [*(out / method for method in s["methods"]), Path(s["model"] or out / "base")]
-        homes = [home for home in homes if any(home.glob("tokenizer.*"))]
-        require(homes, out, "no tokenizer is left")
-        tokenizer = Tokenizer.from_pretrained(homes[0])
-        tokenizer.bpe.decode(np.flatnonzero(np.bincount(scores[0].tokens)))  # knows each of them
+        run = SimpleNamespace(summary=read_json(out / "summary.json"), scores=[])
+        s, run.curves = run.summary["settings"], {key: {} for key in CURVES}
+        later = range(2, 2 if s["model"] else s["repeats"] + 1)
+        for folder in (out, *(out / f"repeat{i}" for i in later)):
+            run.scores.append(read_scores(folder / "scores.safetensors"))
+            for (_, step), key in product(read_file(folder / "log.jsonl"), CURVES):
+                known = step[key] is not None and (step["n_neg"] or key != "neg_nll")
+                if known and step["stage"] != "base":
+                    line = run.curves[key].setdefault((folder, step["stage"]), [])
+                    line.append((float(step["step"]), float(step[key])))
+        # the model may have moved, but every method's checkpoint holds the tokenizer
+        homes = [out / method for method in s["methods"] if (out / method).exists()]
+        run.tokenizer = Tokenizer.from_pretrained([*homes, s["model"] or out / "base"][0])
+        run.tokenizer.bpe.decode(np.flatnonzero(np.bincount(run.scores[0].tokens)))  # has them all
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"{out}: expected a finished run of train.py: {e}") from None
-    return SimpleNamespace(summary=summary, scores=scores, curves=curves, tokenizer=tokenizer)
+    return run
 
 
 def shown(tokenizer, token):
-    """The text of a token: white space as marks and all else that does not print as an escape,
-    which also keeps control characters in the data from the terminal."""
+    """The text of a token, with marks for white space and escapes for all else that cannot be
+    seen: a terminal must not obey the data."""
     text = tokenizer.bpe.decode_single_token_bytes(int(token)).decode(errors="backslashreplace")
-    return "".join(VISIBLE.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
+    text = "".join(MARKS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
+    return f"⟦{text}⟧" if token in tokenizer.control.values() else text
 
 
 def print_example(out, i):
-    """Print one example of D_train, in 256 colours."""
+    """Print one example of D_train in 256 colours."""
     run, shades = read_run(out), ((230, 223, 216, 209, 208), (195, 153, 117, 75, 39))
     d = run.scores[0]
     require(i < len(d.offsets) - 1, "--example", f"{i} is not from 0 to {len(d.offsets) - 2}")
@@ -605,128 +594,109 @@ def print_example(out, i):
 
 def example_html(run, i):
     """One example of D_train: at most the last 64 tokens of its prompt, and 320 in all."""
-    d, html = run.scores[0], ""
-    begin, end = d.offsets[i : i + 2]
+    d, (begin, end) = run.scores[0], run.scores[0].offsets[i : i + 2]
     start = max(begin, begin + d.response[begin:end].argmax() - 64)
     stop = min(end, start + 320)
+    n, n_pos = d.response[begin:end].sum(), d.positive[begin:end].sum()
+    html = f"<p><strong>Example {i}</strong>, tokens {start - begin} to {stop - begin} of "
+    html += f"{end - begin}, {n - n_pos} of {n} negative\n"
     for t in range(start, stop):
         name = escape(shown(run.tokenizer, d.tokens[t]))
-        text = name.replace("·", "<wbr>·").replace("⏎", "⏎\n")  # where a line may break, or does
-        if d.tokens[t] in run.tokenizer.control.values():
-            text = f"<kbd>{text}</kbd>"
-        if not d.response[t]:
+        text = name.replace("·", "<wbr>·").replace("⏎", "⏎\n")  # where a line may end, or does
+        if d.response[t]:
+            text = text if d.positive[t] else f"<u>{text}</u>"
+            colour = COLOURS["positive" if d.influence[t] > 0 else "negative"]
+            facts = f"{name} — nll {d.nll_base[t]:.3f} base, {d.nll_ref[t]:.3f} reference — "
+            facts += f"influence {d.influence[t]:.3f} — rank {d.rank[t]:,} of {d.rank.max():,}"
+            html += f"<b style=background:{colour}{int(150 * d.strength[t]):02x} tabindex=0"
+            html += f' data-t="{facts}">{text}</b>'
+        else:
             html += f"<i>{text}</i>"
-            continue
-        facts = f"{name} — nll {d.nll_base[t]:.3f} base, {d.nll_ref[t]:.3f} reference — influence "
-        facts += f"{d.influence[t]:.3f} — rank {d.rank[t]:,} of {d.rank.max():,}"
-        hue = f"class={'up' if d.influence[t] > 0 else 'down'} style=--much:{d.strength[t] / 2:.0%}"
-        text = text if d.positive[t] else f"<u>{text}</u>"
-        html += f'<b {hue} tabindex=0 data-t="{facts}">{text}</b>'
-    n, n_pos = d.response[begin:end].sum(), d.positive[begin:end].sum()
-    facts = f"Example {i}: mean influence {d.influence[begin:end].sum() / n:.3f}, {n - n_pos} of "
-    facts += f"{n} tokens negative; of its {end - begin} tokens, {stop - start} are shown"
-    return f"<h4>{facts}</h4>\n<p class=example>{html}</p>"
+    return html + "</p>"
 
 
-def table_html(head, rows):
-    rows = [[f"<td>{escape(str(cell))}</td>" for cell in row] for row in rows]
-    head = [f"<th>{escape(str(cell))}</th>" for cell in head]
-    return "<table>" + "\n".join(f"<tr>{''.join(row)}</tr>" for row in (head, *rows)) + "</table>"
-
-
-def thin(values, most=100):
-    """Of [n] values at most `most` means of neighbours."""
-    return np.array([some.mean() for some in np.array_split(values, min(most, len(values)))])
+def table_html(head, rows, kind=""):
+    cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in (head, *rows))
+    return f"<table class='{kind}'>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
 
 def stairs(name, values, edges):
-    """The outline of a histogram, a line of chart: 0, each count twice, 0."""
-    counts, _ = np.histogram(values, edges)
-    return name, np.repeat(edges, 2), np.pad(np.repeat(counts, 2), 1)
+    """A histogram as a line of chart: 0, each count twice, 0."""
+    return name, np.repeat(edges, 2), np.pad(np.histogram(values, edges)[0].repeat(2), 1)
 
 
-def ticks(low, high):
-    """Two to six round numbers from low to high."""
-    step = 10.0 ** math.floor(math.log10(high - low))
-    step *= next(part for part in (0.2, 0.5, 1, 2) if high - low <= 5 * step * part)
-    return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+def ticks(low, size):
+    """Two to six round numbers from low to low + size."""
+    step = 10.0 ** math.floor(math.log10(size))
+    step *= next(part for part in (0.2, 0.5, 1, 2) if size <= 5 * step * part)
+    return step * np.arange(math.ceil(low / step), math.floor((low + size) / step) + 1)
 
 
-def chart(title, lines, x_label, y_label, mark=math.inf):
-    """An SVG of lines [(name, x [n], y [n]), ...] on axes that hold 0; the colour of a name is in
-    STYLE. A dashed line stands at x = mark."""
+def chart(title, y_label, x_label, lines, mark=math.inf):
+    """An SVG of lines [(name, x [n], y [n]), ...] on axes that hold 0, of more than 200 points the
+    means of neighbours. A dashed line stands at x = mark."""
     x, y = (np.concatenate([[0], *(line[k] for line in lines)]) for k in (1, 2))
-    left, low = x.min(), y.min()
-    across, up = (max(v.max() - v.min(), 1e-9) for v in (x, y))
+    left, low, width, height = x.min(), y.min(), np.ptp(x) or 1, np.ptp(y) or 1
 
-    def place(x, y):  # in the viewBox
-        return f"{56 + 296 * (x - left) / across:.1f},{178 - 150 * (y - low) / up:.1f}"
+    def at(x, y):
+        return f"{56 + 296 * (x - left) / width:.1f} {178 - 150 * (y - low) / height:.1f}"
 
-    svg = [f'<text x="2" y="14">{y_label}</text>']
-    svg.append(f'<text x="204" y="214" text-anchor="middle">{x_label}</text>')
-    for t in ticks(low, low + up):
-        svg.append(f'<path class="rule" d="M{place(left, t)}h296"/>')
-        svg.append(f'<g transform="translate({place(left, t)})">')
-        svg.append(f'<text x="-6" y="4" text-anchor="end">{t:,.6g}</text></g>')
-    for t in ticks(left, left + across):
-        svg.append(f'<g transform="translate({place(t, low)})">')
-        svg.append(f'<text y="18" text-anchor="middle">{t:,.6g}</text></g>')
-    for name, x, y in lines:
-        points = " ".join(map(place, x, y))
-        svg.append(f'<g class="{escape(name)}"><path d="M{points}h0"/></g>')
-    if left <= mark <= left + across:
-        svg.append(f'<path class="mark" d="M{place(mark, low)}v-150"/>')
-    key = '<svg class="key" viewBox="0 0 24 8"><path d="M1 4h22"/></svg>'
-    names = [escape(name) for name in dict.fromkeys(name for name, *_ in lines)]
-    legend = " ".join(f'<span class="{name}">{key}{name}</span>' for name in names)
-    svg = f'<svg viewBox="0 0 376 220" role="img" aria-label="{title}">{"".join(svg)}</svg>'
-    return f"<figure><figcaption><strong>{title}</strong><br>{legend}</figcaption>{svg}</figure>"
+    svg, legend = f'<text x="2" y="14">{y_label}</text>', {}
+    svg += f'<text x="204" y="214" class="x">{x_label}</text>'
+    for t in ticks(low, height):
+        svg += f'<path stroke="#8885" d="M{at(left, t)}h296"/>'
+        svg += f'<text transform="translate({at(left, t)})" x="-6" y="4" class="y">{t:,.6g}</text>'
+    for t in ticks(left, width):
+        svg += f'<text transform="translate({at(t, low)})" y="18" class="x">{t:,.6g}</text>'
+    for name, *xy in lines:
+        x, y = ([v.mean() for v in np.array_split(a, min(len(a), 200))] for a in xy)
+        colour = COLOURS.get(name, "#888")
+        svg += f'<path stroke="{colour}" d="M{" ".join(map(at, x, y))}h0"/>'
+        legend[name] = f'<span style="color:{colour}">■</span> {escape(name)} '
+    if left <= mark <= left + width:
+        svg += f'<path stroke="#888" stroke-dasharray="5 4" d="M{at(mark, low)}v-150"/>'
+    svg = f'<svg viewBox="0 0 376 220" role="img" aria-label="{title}">{svg}</svg>'
+    return f"<figure><strong>{title}</strong><br>{''.join(legend.values())}{svg}</figure>"
 
 
 def partition_html(run):
-    """Which tokens are negative: by influence, by place in the response, by example, by token."""
+    """Which tokens are negative: by influence, place in the response, example and token."""
     d = run.scores[0]
     influence, positive, tokens = (a[d.response] for a in (d.influence, d.positive, d.tokens))
     n_all, n_pos = (np.add.reduceat(a, d.offsets[:-1], dtype=int) for a in (d.response, d.positive))
     masks = {"negative": ~positive, "positive": positive}
-    shown_x = np.clip(influence, *np.percentile(influence, (0.1, 99.9)))
-    edges = np.linspace(shown_x.min(), shown_x.max(), 61)
-    lines = [stairs(name, shown_x[mask], edges) for name, mask in masks.items()]
-    threshold = influence[positive].min(initial=math.inf)
-    yield chart(
-        "Influence (dashed: threshold)", lines, "nats; outliers at the ends", "tokens", threshold
-    )
+    within = influence.clip(*np.percentile(influence, (0.1, 99.9)))  # outliers go to the ends
+    edges, threshold = np.linspace(within.min(), within.max(), 61), influence[positive].min()
+    lines = [stairs(name, within[mask], edges) for name, mask in masks.items()]
+    yield chart("Influence, threshold dashed", "tokens", "nats", lines, threshold)
     place = np.arange(len(tokens)) - np.repeat(np.cumsum(n_all) - n_all, n_all)
-    last = int(np.percentile(place, 99)) + 1  # beyond, there are few to count
-    n, n_neg = (thin(np.bincount(place, w)[:last]) for w in (None, ~positive))
-    lines = [("negative", thin(np.arange(1, last + 1)), n_neg / n)]
-    yield chart("Share of negatives by position", lines, "place in the response", "share")
+    last = int(np.percentile(place, 99)) + 1  # few responses are longer
+    share = np.bincount(place, ~positive)[:last] / np.bincount(place)[:last]
+    lines = [("negative", np.arange(1, last + 1), share)]
+    yield chart("Negatives by position", "share of tokens", "place in the response", lines)
     lines = [stairs("negative", 1 - n_pos / n_all, np.linspace(0, 1, 21))]
-    yield chart("Share of negatives by example", lines, "share", "examples")
-    n_neg, n_pos = (np.bincount(tokens[m], minlength=tokens.max() + 1) for m in masks.values())
-    for name, n in (("negative", n_neg), ("positive", n_pos)):
+    yield chart("Negatives by example", "examples", "share of its tokens", lines)
+    counts = [np.bincount(tokens[mask], minlength=tokens.max() + 1) for mask in masks.values()]
+    for name, n in zip(masks, counts):
         often = [t for t in np.argsort(-n, kind="stable")[:15] if n[t]]
-        rows = [[shown(run.tokenizer, t), n_neg[t], n_pos[t]] for t in often]
-        yield table_html([f"most frequent {name}", "negative", "positive"], rows)
+        rows = [[shown(run.tokenizer, t), *(n[t] for n in counts)] for t in often]
+        yield table_html([f"most often {name}", *masks], rows)
 
 
 def truth_html(run):
-    """In the embedded world: how far a low influence finds the wrong tokens."""
+    """Does low influence find the wrong tokens, which are known in the embedded world?"""
     s, lines, rows = run.summary["settings"], [], []
     for i, d in enumerate(run.scores):
         told = World(s["seed"]).split(s["seed"] + i, s["noise"])["told"]
         wrong = np.pad(told, ((0, 0), (0, 1))).ravel()  # of each response token; ends are right
-        influence, negative = d.influence[d.response], ~d.positive[d.response]
-        kinds = (wrong, negative), (wrong, ~negative), (~wrong, negative), (~wrong, ~negative)
-        rows.append([i + 1, *(np.sum(a & b) for a, b in kinds)])
-        ranked = wrong[influence.argsort(kind="stable")]
-        rates = (np.cumsum(a) / max(1, a.sum()) for a in (~ranked, ranked))
-        lines.append(("each repeat", *map(thin, rates)))
-    yield chart(
-        "ROC of the influence", lines, "share of right tokens", "share of wrong tokens found"
-    )
-    head = ["repeat", "wrong, negative", "wrong, positive", "right, negative", "right, positive"]
-    yield table_html(head, rows)
+        negative, order = ~d.positive[d.response], np.argsort(d.influence[d.response])
+        rates = (np.cumsum(kind[order]) / max(1, kind.sum()) for kind in (~wrong, wrong))
+        lines.append(("one repeat", *rates))
+        pairs = product((wrong, ~wrong), (negative, ~negative))
+        rows.append([i + 1, *((a & b).sum() for a, b in pairs)])
+    yield chart("ROC of low influence", "share of wrong tokens", "share of right tokens", lines)
+    kinds = [" ".join(pair) for pair in product(("wrong", "right"), ("negative", "positive"))]
+    yield table_html(["repeat", *kinds], rows)
 
 
 def spread(metric):
@@ -737,32 +707,37 @@ def spread(metric):
 def write_report(out):
     """Write out/report.html, one page that needs nothing else, from a finished run in `out`."""
     run = read_run(out)
-    d, s, n = run.scores[0], run.summary["settings"], len(run.scores[0].offsets) - 1
-    mean = np.add.reduceat(d.influence, d.offsets[:-1])
-    mean = mean / np.add.reduceat(d.response, d.offsets[:-1], dtype=int)
-    order, some = mean.argsort(kind="stable"), np.random.default_rng(0).permutation(n)
-    examples = {"Most negative": order, "Most positive": order[::-1], "Random": some}
-    body = [f"<h1>Fine-tuning with forgetting: {escape(str(out))}</h1>", f"<p>{LEGEND}</p>"]
-    for name, rows in examples.items():
-        body.append(f"<h2>{name} of the {n:,} examples</h2>")
-        body += [example_html(run, i) for i in rows[:6]]
-    body += ["<h2>Which tokens are negative</h2><div class=grid>", *partition_html(run), "</div>"]
-    body.append("<h2>Training, a line for each repeat</h2><div class=grid>")
-    for key, lines in run.curves.items():
-        body.append(chart(CURVES[key][0], lines, "step", CURVES[key][1]))
-    body.append("</div>")
-    if not s["model"]:
-        body += ["<h2>Are the negative tokens the wrong ones?</h2><div class=grid>"]
-        body += [*truth_html(run), "</div>"]
-    body.append("<h2>Results, mean ± standard deviation over repeats</h2>")
-    for head, rows in groupby(run.summary["table"].items(), lambda row: [*row[1]]):
-        rows = [[name, *map(spread, metrics.values())] for name, metrics in rows]
-        body.append(table_html(["", *head], rows))
-    facts = s | {f"seconds of {stage}": round(t) for stage, t in run.summary["seconds"].items()}
-    body += ["<h2>Settings</h2>", table_html(["setting", "value"], facts.items())]
-    page = "<!doctype html><html lang=en><head><meta charset=utf-8><title>Report</title><meta "
-    page += f"name=viewport content='width=device-width'><style>{STYLE}</style></head><body>"
-    page += "\n".join(body) + "</body></html>\n"
+    d, table, facts = (
+        run.scores[0],
+        run.summary.pop("table"),
+        escape(json.dumps(run.summary, indent=1)),
+    )
+    means = np.add.reduceat(d.influence, d.offsets[:-1])
+    means /= np.add.reduceat(d.response, d.offsets[:-1], dtype=np.float32)
+    order, some = np.argsort(means, kind="stable"), np.random.default_rng(0).permutation(len(means))
+    parts = {}
+    for name, rows in (("Most negative", order), ("Most positive", order[::-1]), ("Random", some)):
+        parts[f"{name} of {len(means):,} examples"] = [example_html(run, i) for i in rows[:6]]
+    parts["Which tokens are negative"] = partition_html(run)
+    parts["Training"] = (
+        chart(
+            *CURVES[key], "step", [(stage, *np.array(line).T) for (_, stage), line in lines.items()]
+        )
+        for key, lines in run.curves.items()
+    )
+    if not run.summary["settings"]["model"]:
+        parts["Are the negative tokens the wrong ones?"] = truth_html(run)
+    metrics = list(dict.fromkeys(metric for row in table.values() for metric in row))
+    rows = [
+        [name, *(spread(row[m]) if m in row else "" for m in metrics)]
+        for name, row in table.items()
+    ]
+    parts["Results, mean ± standard deviation"] = [table_html(["", *metrics], rows, "wide")]
+    parts["Settings"] = [f"<p class=wide>{facts}</p>"]
+    body = (f"<h2>{k}</h2>\n<section>{''.join(v)}</section>\n" for k, v in parts.items())
+    page = f"""<!doctype html><html lang=en><head><meta charset=utf-8><title>Report</title>
+<meta name=viewport content="width=device-width"><style>{STYLE}</style></head><body>
+<h1>Which tokens to forget</h1><p>{LEGEND}</p>{"".join(body)}</body></html>"""
     (out / "report.html").write_text(page, "utf-8", "backslashreplace")
 
 
