@@ -507,15 +507,15 @@ def compare(*files):
 # --- report --------------------------------------------------------------------------------------
 
 STYLE = """
-:root { color-scheme: light dark }
+:root { color-scheme: light dark } h2 { margin-top: 2.5rem } figure { margin: 0 }
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 0 1rem 7rem }
-section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
-section > * { margin: 0 0 1.5rem; padding-right: 1.5rem }
-p { white-space: pre-wrap; overflow-wrap: anywhere } .wide { grid-column: 1 / -1 }
-b { font-weight: normal } i { color: color-mix(in srgb, CanvasText 65%, Canvas); font-style: normal }
+section { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
+pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+b { font-weight: normal } i { font-style: normal; color: color-mix(in srgb, CanvasText 65%, Canvas) }
 [data-t]:hover::after, [data-t]:focus::after { content: attr(data-t); position: fixed; inset: auto 0
   0 0; padding: .5rem 1rem; background: CanvasText; color: Canvas }
-table { border-spacing: 1rem 0; display: block; overflow: auto } th, td { text-align: left }
+table { display: block; overflow: auto } td { padding-right: 1rem } .wide { grid-column: 1 / -1 }
 svg { width: 100%; font-size: 12px; stroke-width: 1.5; stroke-linecap: round; fill: none }
 text { fill: CanvasText } .x { text-anchor: middle } .y { text-anchor: end }
 """
@@ -525,104 +525,100 @@ it; <b style=background:#d95f0280>orange</b>: it got worse. <u>Underlined</u>: t
 which are ignored or forgotten. <i>Grey</i>: the prompt. Hover over a token or tap it for its
 numbers. · is a space, ⏎ a line break, ⇥ a tab, ⟦a control token⟧, \\x.. bytes of half a character.
 """
-# these two suit the colour-blind, and all four light and dark pages
-COLOURS = {"positive": "#2f7ed8", "negative": "#d95f02"}
-COLOURS |= {"forget": "#2f7ed8", "sft": "#d95f02", "ignore": "#1b9e77"}
+# the first two suit the colour-blind; all suit light and dark pages
+COLOURS = {"positive": "#2f7ed8", "negative": "#d95f02", "forget": "#2f7ed8", "sft": "#d95f02"}
+COLOURS |= {"ignore": "#1b9e77", "ref": "#888888"}
 CURVES = {"pos_nll": ("Loss on P", "nats a token"), "neg_nll": ("Loss on N", "nats a token")}
 CURVES |= {"lam": ("Weight of forgetting", "λ"), "lr": ("Learning rate", "lr")}
 CURVES |= {"grad_norm": ("Gradient norm", "before clipping"), "tokens_per_s": ("Speed", "tokens/s")}
 MARKS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
-def read_scores(file):
-    """The flat arrays of a scores.safetensors, with influence, its strength from 0 to 1, and the
-    rank of each response token (1 = the highest influence)."""
-    d = SimpleNamespace(**{name: tensor.numpy() for name, tensor in load_tensors(file).items()})
-    d.response, d.positive, d.influence = d.response > 0, d.positive > 0, d.nll_base - d.nll_ref
-    scale = np.percentile(np.abs(d.influence[d.response]), 95) or 1
-    d.strength, d.rank = np.minimum(np.abs(d.influence) / scale, 1), np.zeros_like(d.tokens)
-    order = np.argsort(-d.influence[d.response], kind="stable")  # as in partition
-    d.rank[np.flatnonzero(d.response)[order]] = np.arange(1, len(order) + 1)
-    return d
-
-
 def read_run(out):
-    """What a finished run, and in the world each later repeat, left in `out`: summary, tokenizer,
-    scores (one for each repeat), curves {log key: {(folder, stage): [(step, value), ...]}}."""
+    """What a finished run left in `out`: the flat arrays of scores.safetensors with influence, its
+    strength from 0 to 1, and the rank of each response token (1 = the highest influence); summary,
+    settings, tokenizer, response tokens of each example as count, and curves {log key: {stage: [(step, value), ...]}}."""
     try:
-        run = SimpleNamespace(summary=read_json(out / "summary.json"), scores=[])
-        s, run.curves = run.summary["settings"], {key: {} for key in CURVES}
-        later = range(2, 2 if s["model"] else s["repeats"] + 1)
-        for folder in (out, *(out / f"repeat{i}" for i in later)):
-            run.scores.append(read_scores(folder / "scores.safetensors"))
-            for (_, step), key in product(read_file(folder / "log.jsonl"), CURVES):
-                known = step[key] is not None and (step["n_neg"] or key != "neg_nll")
-                if known and step["stage"] != "base":
-                    line = run.curves[key].setdefault((folder, step["stage"]), [])
-                    line.append((float(step["step"]), float(step[key])))
+        run = SimpleNamespace(summary=read_json(out / "summary.json"), curves={})
+        run.settings = s = run.summary["settings"]
+        for (_, step), key in product(read_file(out / "log.jsonl"), CURVES):
+            known = step[key] is not None and (step["n_neg"] or key != "neg_nll")
+            if known and step["stage"] in COLOURS:  # not the world's base
+                line = run.curves.setdefault(key, {}).setdefault(step["stage"], [])
+                line.append((float(step["step"]), float(step[key])))
+        scores = load_tensors(out / "scores.safetensors")
+        vars(run).update({name: tensor.numpy() for name, tensor in scores.items()})
+        run.response, run.positive = run.response > 0, run.positive > 0
+        run.influence, run.rank = run.nll_base - run.nll_ref, np.zeros_like(run.tokens)
+        order = np.argsort(-run.influence[run.response], kind="stable")  # as in partition
+        run.rank[np.flatnonzero(run.response)[order]] = np.arange(1, len(order) + 1)
+        run.count = np.add.reduceat(run.response, run.offsets[:-1], dtype=int)
+        size = np.abs(run.influence)
+        run.strength = np.minimum(1, size / (np.percentile(size[run.response], 95) or 1))
         # the model may have moved, but every method's checkpoint holds the tokenizer
         homes = [out / method for method in s["methods"] if (out / method).exists()]
         run.tokenizer = Tokenizer.from_pretrained([*homes, s["model"] or out / "base"][0])
-        run.tokenizer.bpe.decode(np.flatnonzero(np.bincount(run.scores[0].tokens)))  # has them all
+        run.tokenizer.bpe.decode(np.flatnonzero(np.bincount(run.tokens)))  # has all of them
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"{out}: expected a finished run of train.py: {e}") from None
     return run
 
 
-def shown(tokenizer, token):
+def shown(run, token):
     """The text of a token, with marks for white space and escapes for all else that cannot be
     seen: a terminal must not obey the data."""
-    text = tokenizer.bpe.decode_single_token_bytes(int(token)).decode(errors="backslashreplace")
+    text = run.tokenizer.bpe.decode_single_token_bytes(int(token)).decode(errors="backslashreplace")
     text = "".join(MARKS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
-    return f"⟦{text}⟧" if token in tokenizer.control.values() else text
+    return f"⟦{text}⟧" if token in run.tokenizer.control.values() else text
 
 
-def print_example(out, i):
+def print_example(run, i):
     """Print one example of D_train in 256 colours."""
-    run, shades = read_run(out), ((230, 223, 216, 209, 208), (195, 153, 117, 75, 39))
-    d = run.scores[0]
-    require(i < len(d.offsets) - 1, "--example", f"{i} is not from 0 to {len(d.offsets) - 2}")
-    for t in range(*d.offsets[i : i + 2]):
+    shades = (230, 223, 216, 209, 208), (195, 153, 117, 75, 39)
+    require(i < len(run.offsets) - 1, "--example", f"{i} is not from 0 to {len(run.offsets) - 2}")
+    for t in range(*run.offsets[i : i + 2]):
         style = "\033[38;5;244m"
-        if d.response[t]:
-            shade = shades[int(d.influence[t] > 0)][int(4.99 * d.strength[t])]
-            style = f"\033[{'' if d.positive[t] else '4;'}30;48;5;{shade}m"
-        text = shown(run.tokenizer, d.tokens[t]).replace("⏎", f"⏎\033[0m\n{style}")
+        if run.response[t]:
+            shade = shades[int(run.influence[t] > 0)][int(4.99 * run.strength[t])]
+            style = f"\033[{'' if run.positive[t] else '4;'}30;48;5;{shade}m"
+        text = shown(run, run.tokens[t]).replace("⏎", f"⏎\033[0m\n{style}")
         print(f"{style}{text}", end="\033[0m")
     print("\n\nblue: the reference model improved; orange: it got worse; underlined: negative")
 
 
 def example_html(run, i):
     """One example of D_train: at most the last 64 tokens of its prompt, and 320 in all."""
-    d, (begin, end) = run.scores[0], run.scores[0].offsets[i : i + 2]
-    start = max(begin, begin + d.response[begin:end].argmax() - 64)
+    begin, end = run.offsets[i : i + 2]
+    start = max(begin, begin + run.response[begin:end].argmax() - 64)
     stop = min(end, start + 320)
-    n, n_pos = d.response[begin:end].sum(), d.positive[begin:end].sum()
-    html = f"<p><strong>Example {i}</strong>, tokens {start - begin} to {stop - begin} of "
-    html += f"{end - begin}, {n - n_pos} of {n} negative\n"
+    n_neg = run.count[i] - run.positive[begin:end].sum()
+    html = f"<pre><strong>Example {i}</strong>, {n_neg} of {run.count[i]} negative; here tokens "
+    html += f"{start - begin} to {stop - begin} of {end - begin}\n"
     for t in range(start, stop):
-        name = escape(shown(run.tokenizer, d.tokens[t]))
+        name = escape(shown(run, run.tokens[t]))
         text = name.replace("·", "<wbr>·").replace("⏎", "⏎\n")  # where a line may end, or does
-        if d.response[t]:
-            text = text if d.positive[t] else f"<u>{text}</u>"
-            colour = COLOURS["positive" if d.influence[t] > 0 else "negative"]
-            facts = f"{name} — nll {d.nll_base[t]:.3f} base, {d.nll_ref[t]:.3f} reference — "
-            facts += f"influence {d.influence[t]:.3f} — rank {d.rank[t]:,} of {d.rank.max():,}"
-            html += f"<b style=background:{colour}{int(150 * d.strength[t]):02x} tabindex=0"
-            html += f' data-t="{facts}">{text}</b>'
+        if run.response[t]:
+            text = text if run.positive[t] else f"<u>{text}</u>"
+            colour = COLOURS["positive" if run.influence[t] > 0 else "negative"]
+            colour += f"{int(150 * run.strength[t]):02x}"
+            facts = f"{name} — nll {run.nll_base[t]:.3f} base, {run.nll_ref[t]:.3f} reference — "
+            facts += (
+                f"influence {run.influence[t]:.3f} — rank {run.rank[t]:,} of {run.rank.max():,}"
+            )
+            html += f'<b style=background:{colour} tabindex=0 data-t="{facts}">{text}</b>'
         else:
             html += f"<i>{text}</i>"
-    return html + "</p>"
+    return html + "</pre>"
 
 
-def table_html(head, rows, kind=""):
+def table_html(head, rows, kind="narrow"):
     cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in (head, *rows))
-    return f"<table class='{kind}'>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+    return f"<table class={kind}>" + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table>"
 
 
-def stairs(name, values, edges):
-    """A histogram as a line of chart: 0, each count twice, 0."""
-    return name, np.repeat(edges, 2), np.pad(np.histogram(values, edges)[0].repeat(2), 1)
+def spread(metric):
+    kinds = metric and [f"{metric[k]:.3f}" for k in ("mean", "std") if metric[k] is not None]
+    return " ± ".join(kinds or [])
 
 
 def ticks(low, size):
@@ -641,99 +637,76 @@ def chart(title, y_label, x_label, lines, mark=math.inf):
     def at(x, y):
         return f"{56 + 296 * (x - left) / width:.1f} {178 - 150 * (y - low) / height:.1f}"
 
-    svg, legend = f'<text x="2" y="14">{y_label}</text>', {}
-    svg += f'<text x="204" y="214" class="x">{x_label}</text>'
+    svg, legend = f"<text x=2 y=14>{y_label}</text><text x=204 y=214 class=x>{x_label}</text>", {}
     for t in ticks(low, height):
         svg += f'<path stroke="#8885" d="M{at(left, t)}h296"/>'
-        svg += f'<text transform="translate({at(left, t)})" x="-6" y="4" class="y">{t:,.6g}</text>'
+        svg += f'<text transform="translate({at(left, t)})" x=-6 y=4 class=y>{t:,.6g}</text>'
     for t in ticks(left, width):
-        svg += f'<text transform="translate({at(t, low)})" y="18" class="x">{t:,.6g}</text>'
+        svg += f'<text transform="translate({at(t, low)})" y=18 class=x>{t:,.6g}</text>'
     for name, *xy in lines:
         x, y = ([v.mean() for v in np.array_split(a, min(len(a), 200))] for a in xy)
-        colour = COLOURS.get(name, "#888")
-        svg += f'<path stroke="{colour}" d="M{" ".join(map(at, x, y))}h0"/>'
-        legend[name] = f'<span style="color:{colour}">■</span> {escape(name)} '
+        svg += f'<path stroke="{COLOURS[name]}" d="M{" ".join(map(at, x, y))}h0"/>'
+        legend[name] = f"<span style=color:{COLOURS[name]}>■</span> {name} "
     if left <= mark <= left + width:
         svg += f'<path stroke="#888" stroke-dasharray="5 4" d="M{at(mark, low)}v-150"/>'
-    svg = f'<svg viewBox="0 0 376 220" role="img" aria-label="{title}">{svg}</svg>'
-    return f"<figure><strong>{title}</strong><br>{''.join(legend.values())}{svg}</figure>"
+    head = f"<figure><strong>{title}</strong><br>{''.join(legend.values())}"
+    return f'{head}<svg viewBox="0 0 376 220" role=img aria-label="{title}">{svg}</svg></figure>'
 
 
 def partition_html(run):
-    """Which tokens are negative: by influence, place in the response, example and token."""
-    d = run.scores[0]
-    influence, positive, tokens = (a[d.response] for a in (d.influence, d.positive, d.tokens))
-    n_all, n_pos = (np.add.reduceat(a, d.offsets[:-1], dtype=int) for a in (d.response, d.positive))
+    """Which tokens are negative: by influence, place in the response, example and token; and in the
+    embedded world, whether they are the wrong ones."""
+    s, flat = run.settings, (run.influence, run.positive, run.tokens)
+    influence, positive, tokens = (array[run.response] for array in flat)
     masks = {"negative": ~positive, "positive": positive}
     within = influence.clip(*np.percentile(influence, (0.1, 99.9)))  # outliers go to the ends
-    edges, threshold = np.linspace(within.min(), within.max(), 61), influence[positive].min()
-    lines = [stairs(name, within[mask], edges) for name, mask in masks.items()]
+    edges = np.linspace(within.min(), within.max(), 61)
+    lines = [(name, edges[1:], np.histogram(within[m], edges)[0]) for name, m in masks.items()]
+    threshold = influence[positive].min(initial=math.inf)
     yield chart("Influence, threshold dashed", "tokens", "nats", lines, threshold)
-    place = np.arange(len(tokens)) - np.repeat(np.cumsum(n_all) - n_all, n_all)
+    place = np.arange(len(tokens)) - np.repeat(np.cumsum(run.count) - run.count, run.count)
     last = int(np.percentile(place, 99)) + 1  # few responses are longer
     share = np.bincount(place, ~positive)[:last] / np.bincount(place)[:last]
     lines = [("negative", np.arange(1, last + 1), share)]
     yield chart("Negatives by position", "share of tokens", "place in the response", lines)
-    lines = [stairs("negative", 1 - n_pos / n_all, np.linspace(0, 1, 21))]
+    share = 1 - np.add.reduceat(run.positive, run.offsets[:-1], dtype=int) / run.count
+    lines = [("negative", np.linspace(0, 1, 20), np.histogram(share, 20, (0, 1))[0])]
     yield chart("Negatives by example", "examples", "share of its tokens", lines)
-    counts = [np.bincount(tokens[mask], minlength=tokens.max() + 1) for mask in masks.values()]
+    counts = [np.bincount(tokens[m], minlength=tokens.max() + 1) for m in masks.values()]
     for name, n in zip(masks, counts):
         often = [t for t in np.argsort(-n, kind="stable")[:15] if n[t]]
-        rows = [[shown(run.tokenizer, t), *(n[t] for n in counts)] for t in often]
+        rows = [[shown(run, t), *(n[t] for n in counts)] for t in often]
         yield table_html([f"most often {name}", *masks], rows)
-
-
-def truth_html(run):
-    """Does low influence find the wrong tokens, which are known in the embedded world?"""
-    s, lines, rows = run.summary["settings"], [], []
-    for i, d in enumerate(run.scores):
-        told = World(s["seed"]).split(s["seed"] + i, s["noise"])["told"]
+    if not s["model"]:
+        told = World(s["seed"]).split(s["seed"], s["noise"])["told"]
         wrong = np.pad(told, ((0, 0), (0, 1))).ravel()  # of each response token; ends are right
-        negative, order = ~d.positive[d.response], np.argsort(d.influence[d.response])
-        rates = (np.cumsum(kind[order]) / max(1, kind.sum()) for kind in (~wrong, wrong))
-        lines.append(("one repeat", *rates))
-        pairs = product((wrong, ~wrong), (negative, ~negative))
-        rows.append([i + 1, *((a & b).sum() for a, b in pairs)])
-    yield chart("ROC of low influence", "share of wrong tokens", "share of right tokens", lines)
-    kinds = [" ".join(pair) for pair in product(("wrong", "right"), ("negative", "positive"))]
-    yield table_html(["repeat", *kinds], rows)
-
-
-def spread(metric):
-    mean, std = f"{metric['mean']:.3f}", metric["std"]
-    return mean if std is None else f"{mean} ± {std:.3f}"
+        kinds, order = {"wrong": wrong, "right": ~wrong}, np.argsort(influence)
+        y, x = (np.cumsum(kind[order]) / max(1, kind.sum()) for kind in kinds.values())
+        line = "negative", x, y
+        yield chart("ROC of low influence", "share of wrong tokens", "share of right ones", [line])
+        rows = [[name, *((kind & m).sum() for m in masks.values())] for name, kind in kinds.items()]
+        yield table_html(["the truth", *masks], rows)
 
 
 def write_report(out):
     """Write out/report.html, one page that needs nothing else, from a finished run in `out`."""
-    run = read_run(out)
-    d, table, facts = (
-        run.scores[0],
-        run.summary.pop("table"),
-        escape(json.dumps(run.summary, indent=1)),
-    )
-    means = np.add.reduceat(d.influence, d.offsets[:-1])
-    means /= np.add.reduceat(d.response, d.offsets[:-1], dtype=np.float32)
-    order, some = np.argsort(means, kind="stable"), np.random.default_rng(0).permutation(len(means))
-    parts = {}
-    for name, rows in (("Most negative", order), ("Most positive", order[::-1]), ("Random", some)):
-        parts[f"{name} of {len(means):,} examples"] = [example_html(run, i) for i in rows[:6]]
+    run, parts = read_run(out), {}
+    sums = np.add.reduceat(run.influence, run.offsets[:-1])
+    order = np.argsort(sums / run.count, kind="stable")
+    some = np.random.default_rng(0).permutation(order)
+    for name, rows in (("lowest", order), ("highest", order[::-1]), ("any", some)):
+        title = f"Of {len(order):,} examples, six with {name} mean influence"
+        parts[title] = [example_html(run, i) for i in rows[:6]]
     parts["Which tokens are negative"] = partition_html(run)
-    parts["Training"] = (
-        chart(
-            *CURVES[key], "step", [(stage, *np.array(line).T) for (_, stage), line in lines.items()]
-        )
-        for key, lines in run.curves.items()
-    )
-    if not run.summary["settings"]["model"]:
-        parts["Are the negative tokens the wrong ones?"] = truth_html(run)
-    metrics = list(dict.fromkeys(metric for row in table.values() for metric in row))
-    rows = [
-        [name, *(spread(row[m]) if m in row else "" for m in metrics)]
-        for name, row in table.items()
-    ]
-    parts["Results, mean ± standard deviation"] = [table_html(["", *metrics], rows, "wide")]
-    parts["Settings"] = [f"<p class=wide>{facts}</p>"]
+    parts["Training"] = []
+    for key, stages in run.curves.items():
+        lines = [(stage, *np.array(points).T) for stage, points in stages.items()]
+        parts["Training"].append(chart(*CURVES[key], "step", lines))
+    table = run.summary.pop("table")
+    head = list(dict.fromkeys(metric for row in table.values() for metric in row))
+    rows = [[name, *(spread(row.get(metric)) for metric in head)] for name, row in table.items()]
+    parts["Results, mean ± standard deviation"] = [table_html(["", *head], rows, "wide")]
+    parts["Settings"] = [f"<pre class=wide>{escape(json.dumps(run.summary, indent=1))}</pre>"]
     body = (f"<h2>{k}</h2>\n<section>{''.join(v)}</section>\n" for k, v in parts.items())
     page = f"""<!doctype html><html lang=en><head><meta charset=utf-8><title>Report</title>
 <meta name=viewport content="width=device-width"><style>{STYLE}</style></head><body>
@@ -775,8 +748,9 @@ def main(argv):
         print(*map(json.dumps, compare(*s.compare)), sep="\n")
         return
     if s.report:
-        print_example(Path(s.report), s.example) if s.example >= 0 else write_report(Path(s.report))
-        return
+        if s.example < 0:
+            return write_report(Path(s.report))
+        return print_example(read_run(Path(s.report)), s.example)
     usage = "--model DIR and --prompt TEXT, or --task NAME ... and its --data FILE ..."
     require(s.model and (s.prompt or s.task and s.data), "expected", usage)
     files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
