@@ -5,7 +5,7 @@ as lm-evaluation-harness 0.4.13 does (for tydiqa: as the paper's script does).
     python eval.py --model out/forget --task boolq --data val.jsonl --out boolq.jsonl
     python eval.py --model out/forget --task tydiqa --data english.json --demos one-shot.json
     python eval.py --compare a.jsonl b.jsonl
-    python eval.py --report out                     # writes out/report.html; --example 17 prints one
+    python eval.py --report out                      # writes out/report.html; --example 17 prints
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from html import escape
-from itertools import groupby, product
+from itertools import product
 from operator import or_
 from pathlib import Path
 from types import SimpleNamespace
@@ -507,19 +507,20 @@ def compare(*files):
 # --- report --------------------------------------------------------------------------------------
 
 STYLE = """
-:root { color-scheme: light dark } h2 { margin-top: 2.5rem } figure { margin: 0 }
+:root { color-scheme: light dark } b { font-weight: normal } figure { margin: 0 }
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 0 1rem 7rem }
-section { display: grid; gap: 1.5rem;
+h2 { margin-top: 2.5rem } section { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
 pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-b { font-weight: normal } i { font-style: normal; color: color-mix(in srgb, CanvasText 65%, Canvas) }
+i { font-style: normal; color: color-mix(in srgb, CanvasText 65%, Canvas) }
 [data-t]:hover::after, [data-t]:focus::after { content: attr(data-t); position: fixed; inset: auto 0
   0 0; padding: .5rem 1rem; background: CanvasText; color: Canvas }
-table { display: block; overflow: auto } td { padding-right: 1rem } .wide { grid-column: 1 / -1 }
+table { display: block; overflow: auto } td { padding-right: 1rem; white-space: nowrap }
+  .wide { grid-column: 1 / -1 }
 svg { width: 100%; font-size: 12px; stroke-width: 1.5; stroke-linecap: round; fill: none }
 text { fill: CanvasText } .x { text-anchor: middle } .y { text-anchor: end }
 """
-LEGEND = """Each token of a response is coloured by its influence: its nll under the base model minus
+LEGEND = """Each token of a response is coloured by its influence, its nll under the base model less
 that under the reference model. <b style=background:#2f7ed880>Blue</b>: the reference improved on
 it; <b style=background:#d95f0280>orange</b>: it got worse. <u>Underlined</u>: the negative tokens,
 which are ignored or forgotten. <i>Grey</i>: the prompt. Hover over a token or tap it for its
@@ -534,30 +535,38 @@ CURVES |= {"grad_norm": ("Gradient norm", "before clipping"), "tokens_per_s": ("
 MARKS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
+def spread(metric):
+    numbers = (metric[key] for key in ("mean", "std") if metric[key] is not None)
+    return " ± ".join(f"{number:.3f}" for number in numbers)
+
+
 def read_run(out):
-    """What a finished run left in `out`: the flat arrays of scores.safetensors with influence, its
-    strength from 0 to 1, and the rank of each response token (1 = the highest influence); summary,
-    settings, tokenizer, response tokens of each example as count, and curves {log key: {stage: [(step, value), ...]}}."""
+    """What a finished run left in `out`: summary, settings, table, tokenizer, curves {log key:
+    {stage: [(step, value), ...]}} and the flat arrays of scores.safetensors, with influence and its
+    rank (1 = the highest); count [n] is the number of response tokens of each example."""
     try:
-        run = SimpleNamespace(summary=read_json(out / "summary.json"), curves={})
-        run.settings = s = run.summary["settings"]
+        run = SimpleNamespace(summary=read_json(out / "summary.json"))
+        run.settings, run.curves = run.summary["settings"], {key: {} for key in CURVES}
+        table = run.summary.pop("table")
+        run.table = {name: {k: spread(m) for k, m in row.items()} for name, row in table.items()}
         for (_, step), key in product(read_file(out / "log.jsonl"), CURVES):
             known = step[key] is not None and (step["n_neg"] or key != "neg_nll")
-            if known and step["stage"] in COLOURS:  # not the world's base
-                line = run.curves.setdefault(key, {}).setdefault(step["stage"], [])
-                line.append((float(step["step"]), float(step[key])))
-        scores = load_tensors(out / "scores.safetensors")
-        vars(run).update({name: tensor.numpy() for name, tensor in scores.items()})
+            if known and step["stage"] in COLOURS:  # the world's base is not
+                points = run.curves[key].setdefault(step["stage"], [])
+                points.append((float(step["step"]), float(step[key])))
+        for name, tensor in load_tensors(out / "scores.safetensors").items():
+            setattr(run, name, tensor.numpy())
         run.response, run.positive = run.response > 0, run.positive > 0
         run.influence, run.rank = run.nll_base - run.nll_ref, np.zeros_like(run.tokens)
         order = np.argsort(-run.influence[run.response], kind="stable")  # as in partition
         run.rank[np.flatnonzero(run.response)[order]] = np.arange(1, len(order) + 1)
+        require(np.isfinite(run.influence).all(), "scores.safetensors", "it holds NaN")
+        run.scale = np.percentile(np.abs(run.influence[run.response]), 95) or 1  # full colour
         run.count = np.add.reduceat(run.response, run.offsets[:-1], dtype=int)
-        size = np.abs(run.influence)
-        run.strength = np.minimum(1, size / (np.percentile(size[run.response], 95) or 1))
         # the model may have moved, but every method's checkpoint holds the tokenizer
-        homes = [out / method for method in s["methods"] if (out / method).exists()]
-        run.tokenizer = Tokenizer.from_pretrained([*homes, s["model"] or out / "base"][0])
+        homes = [home for name in run.settings["methods"] if (home := out / name).exists()]
+        homes.append(run.settings["model"] or out / "base")
+        run.tokenizer = Tokenizer.from_pretrained(homes[0])
         run.tokenizer.bpe.decode(np.flatnonzero(np.bincount(run.tokens)))  # has all of them
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"{out}: expected a finished run of train.py: {e}") from None
@@ -579,7 +588,8 @@ def print_example(run, i):
     for t in range(*run.offsets[i : i + 2]):
         style = "\033[38;5;244m"
         if run.response[t]:
-            shade = shades[int(run.influence[t] > 0)][int(4.99 * run.strength[t])]
+            strength = min(1, abs(run.influence[t]) / run.scale)
+            shade = shades[int(run.influence[t] > 0)][int(4.99 * strength)]
             style = f"\033[{'' if run.positive[t] else '4;'}30;48;5;{shade}m"
         text = shown(run, run.tokens[t]).replace("⏎", f"⏎\033[0m\n{style}")
         print(f"{style}{text}", end="\033[0m")
@@ -591,24 +601,23 @@ def example_html(run, i):
     begin, end = run.offsets[i : i + 2]
     start = max(begin, begin + run.response[begin:end].argmax() - 64)
     stop = min(end, start + 320)
-    n_neg = run.count[i] - run.positive[begin:end].sum()
-    html = f"<pre><strong>Example {i}</strong>, {n_neg} of {run.count[i]} negative; here tokens "
-    html += f"{start - begin} to {stop - begin} of {end - begin}\n"
+    head = (
+        f"<strong>Example {i}</strong>, tokens {start - begin} to {stop - begin} of {end - begin}"
+    )
+    html = f"{head}, {run.count[i] - run.positive[begin:end].sum()} of {run.count[i]} negative\n"
     for t in range(start, stop):
-        name = escape(shown(run, run.tokens[t]))
+        name, x = escape(shown(run, run.tokens[t])), run.influence[t]
         text = name.replace("·", "<wbr>·").replace("⏎", "⏎\n")  # where a line may end, or does
-        if run.response[t]:
-            text = text if run.positive[t] else f"<u>{text}</u>"
-            colour = COLOURS["positive" if run.influence[t] > 0 else "negative"]
-            colour += f"{int(150 * run.strength[t]):02x}"
-            facts = f"{name} — nll {run.nll_base[t]:.3f} base, {run.nll_ref[t]:.3f} reference — "
-            facts += (
-                f"influence {run.influence[t]:.3f} — rank {run.rank[t]:,} of {run.rank.max():,}"
-            )
-            html += f'<b style=background:{colour} tabindex=0 data-t="{facts}">{text}</b>'
-        else:
+        if not run.response[t]:
             html += f"<i>{text}</i>"
-    return html + "</pre>"
+            continue
+        colour = COLOURS["positive" if x > 0 else "negative"]
+        colour += f"{int(150 * min(1, abs(x) / run.scale)):02x}"  # opacity
+        facts = f"{name} — nll {run.nll_base[t]:.3f} base, {run.nll_ref[t]:.3f} reference — "
+        facts += f"influence {x:.3f} — rank {run.rank[t]:,} of {run.rank.max():,}"
+        text = text if run.positive[t] else f"<u>{text}</u>"
+        html += f'<b style=background:{colour} tabindex=0 data-t="{facts}">{text}</b>'
+    return f"<pre>{html}</pre>"
 
 
 def table_html(head, rows, kind="narrow"):
@@ -616,9 +625,9 @@ def table_html(head, rows, kind="narrow"):
     return f"<table class={kind}>" + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table>"
 
 
-def spread(metric):
-    kinds = metric and [f"{metric[k]:.3f}" for k in ("mean", "std") if metric[k] is not None]
-    return " ± ".join(kinds or [])
+def stairs(name, values, edges):
+    """A histogram as a line of chart: 0, each count twice, 0."""
+    return name, np.repeat(edges, 2), np.pad(np.histogram(values, edges)[0].repeat(2), 1)
 
 
 def ticks(low, size):
@@ -661,7 +670,7 @@ def partition_html(run):
     masks = {"negative": ~positive, "positive": positive}
     within = influence.clip(*np.percentile(influence, (0.1, 99.9)))  # outliers go to the ends
     edges = np.linspace(within.min(), within.max(), 61)
-    lines = [(name, edges[1:], np.histogram(within[m], edges)[0]) for name, m in masks.items()]
+    lines = [stairs(name, within[mask], edges) for name, mask in masks.items()]
     threshold = influence[positive].min(initial=math.inf)
     yield chart("Influence, threshold dashed", "tokens", "nats", lines, threshold)
     place = np.arange(len(tokens)) - np.repeat(np.cumsum(run.count) - run.count, run.count)
@@ -670,7 +679,7 @@ def partition_html(run):
     lines = [("negative", np.arange(1, last + 1), share)]
     yield chart("Negatives by position", "share of tokens", "place in the response", lines)
     share = 1 - np.add.reduceat(run.positive, run.offsets[:-1], dtype=int) / run.count
-    lines = [("negative", np.linspace(0, 1, 20), np.histogram(share, 20, (0, 1))[0])]
+    lines = [stairs("negative", share, np.linspace(0, 1, 21))]
     yield chart("Negatives by example", "examples", "share of its tokens", lines)
     counts = [np.bincount(tokens[m], minlength=tokens.max() + 1) for m in masks.values()]
     for name, n in zip(masks, counts):
@@ -694,17 +703,16 @@ def write_report(out):
     sums = np.add.reduceat(run.influence, run.offsets[:-1])
     order = np.argsort(sums / run.count, kind="stable")
     some = np.random.default_rng(0).permutation(order)
-    for name, rows in (("lowest", order), ("highest", order[::-1]), ("any", some)):
-        title = f"Of {len(order):,} examples, six with {name} mean influence"
+    for name, rows in (("lowest", order), ("highest", order[::-1]), ("random", some)):
+        title = f"Of {len(order):,} examples, six by mean influence: {name}"
         parts[title] = [example_html(run, i) for i in rows[:6]]
     parts["Which tokens are negative"] = partition_html(run)
     parts["Training"] = []
     for key, stages in run.curves.items():
         lines = [(stage, *np.array(points).T) for stage, points in stages.items()]
         parts["Training"].append(chart(*CURVES[key], "step", lines))
-    table = run.summary.pop("table")
-    head = list(dict.fromkeys(metric for row in table.values() for metric in row))
-    rows = [[name, *(spread(row.get(metric)) for metric in head)] for name, row in table.items()]
+    head = dict.fromkeys(metric for row in run.table.values() for metric in row)
+    rows = [[name, *(row.get(metric, "") for metric in head)] for name, row in run.table.items()]
     parts["Results, mean ± standard deviation"] = [table_html(["", *head], rows, "wide")]
     parts["Settings"] = [f"<pre class=wide>{escape(json.dumps(run.summary, indent=1))}</pre>"]
     body = (f"<h2>{k}</h2>\n<section>{''.join(v)}</section>\n" for k, v in parts.items())
@@ -712,6 +720,7 @@ def write_report(out):
 <meta name=viewport content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>Which tokens to forget</h1><p>{LEGEND}</p>{"".join(body)}</body></html>"""
     (out / "report.html").write_text(page, "utf-8", "backslashreplace")
+    print(f"\nwrote {out / 'report.html'}")
 
 
 # --- the command ---------------------------------------------------------------------------------
