@@ -560,7 +560,8 @@ def read_run(out):
         run.influence, run.rank = run.nll_base - run.nll_ref, np.zeros_like(run.tokens)
         order = np.argsort(-run.influence[run.response], kind="stable")  # as in partition
         run.rank[np.flatnonzero(run.response)[order]] = np.arange(1, len(order) + 1)
-        require(np.isfinite(run.influence).all(), "scores.safetensors", "it holds NaN")
+        fit = len(run.tokens) == len(run.positive) == run.offsets[-1]
+        require(fit and np.isfinite(run.influence).all(), "scores.safetensors", "damaged")
         run.scale = np.percentile(np.abs(run.influence[run.response]), 95) or 1  # full colour
         run.count = np.add.reduceat(run.response, run.offsets[:-1], dtype=int)
         # the model may have moved, but every method's checkpoint holds the tokenizer
