@@ -80,7 +80,8 @@ def write_run(out, home, rows, seed=0, rho=0.7, log=(), **settings):
     mask = np.concatenate([[0] * len(p) + [1] * len(r) for p, r in rows]).astype(np.uint8)
     offsets = np.cumsum([0, *(len(p) + len(r) for p, r in rows)])
     nll = (rng.gamma(2, size=(2, len(flat))) * mask).astype(np.float32)
-    ranked = sorted(np.flatnonzero(mask), key=lambda t: (nll[1, t] - nll[0, t], t))
+    at = np.flatnonzero(mask)
+    ranked = at[np.lexsort((at, (nll[1] - nll[0])[at]))]  # falling influence, then by position
     positive = np.zeros_like(mask)
     positive[ranked[: int(rho * len(ranked))]] = 1
     arrays = {"tokens": flat, "offsets": offsets, "response": mask, "positive": positive}
@@ -377,13 +378,24 @@ def test_the_page_survives_the_loss_of_the_model_directory(tmp_path, chatml_dir,
 
 def test_fifty_thousand_examples_take_seconds_and_two_megabytes(tmp_path, chatml_dir):
     rng = np.random.default_rng(0)
-    rows = [(rng.integers(0, 256, 40).tolist(), rng.integers(0, 256, 60).tolist())] * 49_990
-    rows += [(rows[0][0], rng.integers(0, 256, 2000).tolist())] * 10
-    log = [r for s in ("ref", "sft", "ignore", "forget") for r in steps(s, 2000)]
+    rows = [(rng.integers(0, 256, 40).tolist(), rng.integers(0, 256, 60).tolist())] * 50_000
+    log = [r for s in ("ref", "sft", "ignore", "forget") for r in steps(s, 2083)]
     write_run(tmp_path, chatml_dir, rows, log=log, methods=["sft", "ignore", "forget"])
     start = time.perf_counter()
     _, text = page_of(tmp_path)
     assert len(text.encode()) < 2_000_000 and time.perf_counter() - start < 20
+
+
+def test_of_long_examples_a_window_is_shown(tmp_path, chatml_dir):
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(0, 256, 300).tolist(), rng.integers(0, 256, 700).tolist())] * 18
+    a = write_run(tmp_path, chatml_dir, rows)
+    page, text = page_of(tmp_path)
+    assert len(text.encode()) < 2_000_000 and len(page.tokens) == 18 * 256
+    assert text.count("tokens 236 to 556 of 1000, ") == 18
+    (first,) = re.findall(r"<strong>Example (\d+)<", text)[:1]
+    t = int(first) * 1000 + 300  # the first token that is a response
+    assert f"influence {a['nll_base'][t] - a['nll_ref'][t]:.3f} —" in page.tokens[0]["facts"]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "log.jsonl", "scores.safetensors"])
