@@ -536,14 +536,15 @@ MARKS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
 def spread(metric):
+    """Mean ± standard deviation, which a single run has not."""
     numbers = (metric[key] for key in ("mean", "std") if metric[key] is not None)
     return " ± ".join(f"{number:.3f}" for number in numbers)
 
 
 def read_run(out):
     """What a finished run left in `out`: summary, settings, table, tokenizer, curves {log key:
-    {stage: [(step, value), ...]}} and the flat arrays of scores.safetensors, with influence and its
-    rank (1 = the highest); count [n] is the number of response tokens of each example."""
+    {stage: [(step, value), ...]}} and the flat arrays of scores.safetensors, with influence, its
+    strength (0 to 1) and rank (1 = highest); count [n] is the response tokens of each example."""
     try:
         run = SimpleNamespace(summary=read_json(out / "summary.json"))
         run.settings, run.curves = run.summary["settings"], {key: {} for key in CURVES}
@@ -562,7 +563,8 @@ def read_run(out):
         run.rank[np.flatnonzero(run.response)[order]] = np.arange(1, len(order) + 1)
         fit = len(run.tokens) == len(run.positive) == run.offsets[-1]
         require(fit and np.isfinite(run.influence).all(), "scores.safetensors", "damaged")
-        run.scale = np.percentile(np.abs(run.influence[run.response]), 95) or 1  # full colour
+        scale = np.percentile(np.abs(run.influence[run.response]), 95) or 1  # has the full colour
+        run.strength = np.minimum(1, np.abs(run.influence) / scale)
         run.count = np.add.reduceat(run.response, run.offsets[:-1], dtype=int)
         # the model may have moved, but every method's checkpoint holds the tokenizer
         homes = [home for name in run.settings["methods"] if (home := out / name).exists()]
@@ -589,8 +591,7 @@ def print_example(run, i):
     for t in range(*run.offsets[i : i + 2]):
         style = "\033[38;5;244m"
         if run.response[t]:
-            strength = min(1, abs(run.influence[t]) / run.scale)
-            shade = shades[int(run.influence[t] > 0)][int(4.99 * strength)]
+            shade = shades[int(run.influence[t] > 0)][int(4.99 * run.strength[t])]
             style = f"\033[{'' if run.positive[t] else '4;'}30;48;5;{shade}m"
         text = shown(run, run.tokens[t]).replace("⏎", f"⏎\033[0m\n{style}")
         print(f"{style}{text}", end="\033[0m")
@@ -602,22 +603,21 @@ def example_html(run, i):
     begin, end = run.offsets[i : i + 2]
     start = max(begin, begin + run.response[begin:end].argmax() - 64)
     stop = min(end, start + 320)
-    head = (
-        f"<strong>Example {i}</strong>, tokens {start - begin} to {stop - begin} of {end - begin}"
-    )
-    html = f"{head}, {run.count[i] - run.positive[begin:end].sum()} of {run.count[i]} negative\n"
+    n, n_pos, total = run.count[i], run.positive[begin:end].sum(), run.count.sum()
+    html = f"<strong>Example {i}</strong>, {n - n_pos} of {n} negative, tokens {start - begin} to "
+    html += f"{stop - begin} of {end - begin}\n"
     for t in range(start, stop):
         name, x = escape(shown(run, run.tokens[t])), run.influence[t]
         text = name.replace("·", "<wbr>·").replace("⏎", "⏎\n")  # where a line may end, or does
-        if not run.response[t]:
+        if run.response[t]:
+            text = text if run.positive[t] else f"<u>{text}</u>"
+            facts = f"{name} — nll {run.nll_base[t]:.3f} base, {run.nll_ref[t]:.3f} reference — "
+            facts += f"influence {x:.3f} — rank {run.rank[t]:,} of {total:,}"
+            colour = COLOURS["positive" if x > 0 else "negative"]
+            colour += f"{int(150 * run.strength[t]):02x}"  # opacity
+            html += f'<b style=background:{colour} tabindex=0 data-t="{facts}">{text}</b>'
+        else:
             html += f"<i>{text}</i>"
-            continue
-        colour = COLOURS["positive" if x > 0 else "negative"]
-        colour += f"{int(150 * min(1, abs(x) / run.scale)):02x}"  # opacity
-        facts = f"{name} — nll {run.nll_base[t]:.3f} base, {run.nll_ref[t]:.3f} reference — "
-        facts += f"influence {x:.3f} — rank {run.rank[t]:,} of {run.rank.max():,}"
-        text = text if run.positive[t] else f"<u>{text}</u>"
-        html += f'<b style=background:{colour} tabindex=0 data-t="{facts}">{text}</b>'
     return f"<pre>{html}</pre>"
 
 
@@ -673,7 +673,8 @@ def partition_html(run):
     edges = np.linspace(within.min(), within.max(), 61)
     lines = [stairs(name, within[mask], edges) for name, mask in masks.items()]
     threshold = influence[positive].min(initial=math.inf)
-    yield chart("Influence, threshold dashed", "tokens", "nats", lines, threshold)
+    title = f"Influence, dashed: the threshold for rho {s['rho']}"
+    yield chart(title, "tokens", "nats", lines, threshold)
     place = np.arange(len(tokens)) - np.repeat(np.cumsum(run.count) - run.count, run.count)
     last = int(np.percentile(place, 99)) + 1  # few responses are longer
     share = np.bincount(place, ~positive)[:last] / np.bincount(place)[:last]
@@ -703,9 +704,10 @@ def write_report(out):
     run, parts = read_run(out), {}
     sums = np.add.reduceat(run.influence, run.offsets[:-1])
     order = np.argsort(sums / run.count, kind="stable")
-    some = np.random.default_rng(0).permutation(order)
-    for name, rows in (("lowest", order), ("highest", order[::-1]), ("random", some)):
-        title = f"Of {len(order):,} examples, six by mean influence: {name}"
+    picks = {"lowest mean influence": order, "highest mean influence": order[::-1]}
+    picks["at random"] = np.random.default_rng(0).permutation(order)
+    for name, rows in picks.items():
+        title = f"Six of {len(order):,} examples: {name}"
         parts[title] = [example_html(run, i) for i in rows[:6]]
     parts["Which tokens are negative"] = partition_html(run)
     parts["Training"] = []
@@ -714,7 +716,8 @@ def write_report(out):
         parts["Training"].append(chart(*CURVES[key], "step", lines))
     head = dict.fromkeys(metric for row in run.table.values() for metric in row)
     rows = [[name, *(row.get(metric, "") for metric in head)] for name, row in run.table.items()]
-    parts["Results, mean ± standard deviation"] = [table_html(["", *head], rows, "wide")]
+    title = "Results, mean ± standard deviation over repeats (all else is of the first)"
+    parts[title] = [table_html(["", *head], rows, "wide")]
     parts["Settings"] = [f"<pre class=wide>{escape(json.dumps(run.summary, indent=1))}</pre>"]
     body = (f"<h2>{k}</h2>\n<section>{''.join(v)}</section>\n" for k, v in parts.items())
     page = f"""<!doctype html><html lang=en><head><meta charset=utf-8><title>Report</title>

@@ -90,7 +90,13 @@ def write_run(out, home, rows, seed=0, rho=0.7, log=(), **settings):
     save_file({k: torch.from_numpy(v) for k, v in arrays.items()}, out / "scores.safetensors")
     table = {"base": {"nll on P": {"mean": 1.25, "std": None, "runs": [1.25]}}}
     table["forget"] = {"nll on P": {"mean": 0.5, "std": 0.125, "runs": [0.4, 0.6]}}
-    settings = {"model": str(home), "methods": ["forget"], "repeats": 5, "seed": 7} | settings
+    settings = {
+        "model": str(home),
+        "methods": ["forget"],
+        "repeats": 5,
+        "seed": 7,
+        "rho": rho,
+    } | settings
     summary = {"table": table, "settings": settings, "seconds": {"ref": 1.5}, "peak_rss_mb": 9.0}
     (out / "summary.json").write_text(json.dumps(summary))
     (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log or steps("forget")))
@@ -154,8 +160,8 @@ def test_the_examples_stand_in_order_of_their_mean_influence_with_their_place(
     assert len(shown) == 18 and len(set(shown[12:])) == 6
     for i in shown:
         (j, k), negative = spans[i], (a["response"] > a["positive"])
-        facts = f"tokens 0 to {k - j} of {k - j}, {negative[j:k].sum()} of "
-        assert f"Example {i}</strong>, {facts}{a['response'][j:k].sum()} negative" in text
+        facts = f"{negative[j:k].sum()} of {a['response'][j:k].sum()} negative, tokens 0 to "
+        assert f"Example {i}</strong>, {facts}{k - j} of {k - j}\n" in text
 
 
 EVIL = "<script>alert(1)</script> '\" &lt; <|im_end|> \x1b[31m \x1b]0;x\a \r \x7f"
@@ -168,7 +174,7 @@ def test_text_of_the_data_is_never_markup(tmp_path, chatml_dir, chatml):
     assert "<script" not in text and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
     marked = "<script>alert(1)</script>·'\"·&lt;·<|im_end|>·"
     marked += r"\x1b[31m·\x1b]0;x\x07·\r·\x7f"
-    examples = page.section("Of 2 examples, six by mean influence: lowest")
+    examples = page.section("Six of 2 examples: lowest")
     assert examples.count(marked) == 2  # in a response and in a prompt
     assert "".join(t["facts"].split(" — ")[0] for t in page.tokens).count(marked) == 3
     assert json.loads(page.section("Settings"))["settings"]["note"] == EVIL
@@ -220,7 +226,7 @@ def test_the_terminal_shows_colours_of_ours_and_no_code_of_the_data(
 def test_the_histogram_counts_every_response_token_on_its_side(tmp_path, chatml_dir, words):
     a = write_run(tmp_path, chatml_dir, words * 20)
     page, _ = page_of(tmp_path)
-    title = "Influence, threshold dashed"
+    title = "Influence, dashed: the threshold for rho 0.7"
     heights = {}
     for name in ("negative", "positive"):
         (xy,) = page.curve(title, name)
@@ -392,7 +398,7 @@ def test_of_long_examples_a_window_is_shown(tmp_path, chatml_dir):
     a = write_run(tmp_path, chatml_dir, rows)
     page, text = page_of(tmp_path)
     assert len(text.encode()) < 2_000_000 and len(page.tokens) == 18 * 256
-    assert text.count("tokens 236 to 556 of 1000, ") == 18
+    assert text.count(", tokens 236 to 556 of 1000\n") == 18
     (first,) = re.findall(r"<strong>Example (\d+)<", text)[:1]
     t = int(first) * 1000 + 300  # the first token that is a response
     assert f"influence {a['nll_base'][t] - a['nll_ref'][t]:.3f} —" in page.tokens[0]["facts"]
