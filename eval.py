@@ -516,7 +516,7 @@ i { font-style: normal; color: color-mix(in srgb, CanvasText 65%, Canvas) }
 [data-t]:hover::after, [data-t]:focus::after { content: attr(data-t); position: fixed; inset: auto 0
   0 0; padding: .5rem 1rem; background: CanvasText; color: Canvas }
 table { display: block; overflow: auto } td { padding-right: 1rem; white-space: nowrap }
-  .wide { grid-column: 1 / -1 }
+section > :only-child { grid-column: 1 / -1 }
 svg { width: 100%; font-size: 12px; stroke-width: 1.5; stroke-linecap: round; fill: none }
 text { fill: CanvasText } .x { text-anchor: middle } .y { text-anchor: end }
 """
@@ -551,10 +551,10 @@ def read_run(out):
         table = run.summary.pop("table")
         run.table = {name: {k: spread(m) for k, m in row.items()} for name, row in table.items()}
         for (_, step), key in product(read_file(out / "log.jsonl"), CURVES):
-            known = step[key] is not None and (step["n_neg"] or key != "neg_nll")
+            point = float(step["step"]), float("nan" if step[key] is None else step[key])
+            known = math.isfinite(point[1]) and (step["n_neg"] or key != "neg_nll")
             if known and step["stage"] in COLOURS:  # the world's base is not
-                points = run.curves[key].setdefault(step["stage"], [])
-                points.append((float(step["step"]), float(step[key])))
+                run.curves[key].setdefault(step["stage"], []).append(point)
         for name, tensor in load_tensors(out / "scores.safetensors").items():
             setattr(run, name, tensor.numpy())
         run.response, run.positive = run.response > 0, run.positive > 0
@@ -621,9 +621,9 @@ def example_html(run, i):
     return f"<pre>{html}</pre>"
 
 
-def table_html(head, rows, kind="narrow"):
+def table_html(head, rows):
     cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in (head, *rows))
-    return f"<table class={kind}>" + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table>"
+    return "<table>" + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table>"
 
 
 def stairs(name, values, edges):
@@ -717,8 +717,8 @@ def write_report(out):
     head = dict.fromkeys(metric for row in run.table.values() for metric in row)
     rows = [[name, *(row.get(metric, "") for metric in head)] for name, row in run.table.items()]
     title = "Results, mean ± standard deviation over repeats (all else is of the first)"
-    parts[title] = [table_html(["", *head], rows, "wide")]
-    parts["Settings"] = [f"<pre class=wide>{escape(json.dumps(run.summary, indent=1))}</pre>"]
+    parts[title] = [table_html(["", *head], rows)]
+    parts["Settings"] = [f"<pre>{escape(json.dumps(run.summary, indent=1))}</pre>"]
     body = (f"<h2>{k}</h2>\n<section>{''.join(v)}</section>\n" for k, v in parts.items())
     page = f"""<!doctype html><html lang=en><head><meta charset=utf-8><title>Report</title>
 <meta name=viewport content="width=device-width"><style>{STYLE}</style></head><body>

@@ -1,6 +1,7 @@
 """eval.py --report: the page and the terminal view against counts made one token at a time."""
 
 import json
+import math
 import re
 import shutil
 import time
@@ -73,13 +74,14 @@ class Page(HTMLParser):
         return [xy for stroke, xy in chart if stroke == COLOURS[name]]
 
 
-def write_run(out, home, rows, seed=0, rho=0.7, log=(), **settings):
+def write_run(out, home, rows, seed=0, rho=0.7, log=(), grain=0, **settings):
     """A finished run on examples rows [(prompt ids, response ids)]; scores are random."""
     rng = np.random.default_rng(seed)
     flat = np.concatenate([[*p, *r] for p, r in rows]).astype(np.int32)
     mask = np.concatenate([[0] * len(p) + [1] * len(r) for p, r in rows]).astype(np.uint8)
     offsets = np.cumsum([0, *(len(p) + len(r) for p, r in rows)])
     nll = (rng.gamma(2, size=(2, len(flat))) * mask).astype(np.float32)
+    nll = np.round(nll / grain) * np.float32(grain) if grain else nll  # a coarse grain makes ties
     at = np.flatnonzero(mask)
     ranked = at[np.lexsort((at, (nll[1] - nll[0])[at]))]  # falling influence, then by position
     positive = np.zeros_like(mask)
@@ -126,8 +128,11 @@ def words(chatml):
 # --- tokens --------------------------------------------------------------------------------------
 
 
-def test_each_token_tells_its_scores_and_is_underlined_if_negative(tmp_path, chatml_dir, words):
-    a = write_run(tmp_path, chatml_dir, words[:6])  # six are shown three times: all of them
+@pytest.mark.parametrize("grain", [0, 0.5])
+def test_each_token_tells_its_scores_and_is_underlined_if_negative(
+    grain, tmp_path, chatml_dir, words
+):
+    a = write_run(tmp_path, chatml_dir, words[:6], grain=grain)  # all six are shown, three times
     page, _ = page_of(tmp_path)
     influence = a["nll_base"] - a["nll_ref"]
     n = int(a["response"].sum())
@@ -140,7 +145,8 @@ def test_each_token_tells_its_scores_and_is_underlined_if_negative(tmp_path, cha
         found.append((int(rank), base, ref, x, token["negative"], token["style"]))
     assert len(found) == 3 * n and len(set(found)) == n
     for t in np.flatnonzero(a["response"]):
-        rank = 1 + sum(influence[u] > influence[t] for u in np.flatnonzero(a["response"]))
+        scored = ((-influence[u], u) for u in np.flatnonzero(a["response"]))
+        rank = 1 + sum(other < (-influence[t], t) for other in scored)
         (one,) = {f for f in found if f[0] == rank}
         numbers = (f"{v[t]:.3f}" for v in (a["nll_base"], a["nll_ref"], influence))
         assert one[1:5] == (*numbers, a["positive"][t] == 0)
@@ -171,6 +177,7 @@ def test_text_of_the_data_is_never_markup(tmp_path, chatml_dir, chatml):
     rows = [(chatml.encode("?"), chatml.encode(EVIL)), (chatml.encode(EVIL), chatml.encode("!"))]
     write_run(tmp_path, chatml_dir, rows, note=EVIL)
     page, text = page_of(tmp_path)
+    assert "<td>&lt;</td>" in text and "<td>&amp;</td>" in text  # frequent tokens
     assert "<script" not in text and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
     marked = "<script>alert(1)</script>·'\"·&lt;·<|im_end|>·"
     marked += r"\x1b[31m·\x1b]0;x\x07·\r·\x7f"
@@ -288,7 +295,11 @@ def test_ticks_are_round_and_inside(low, size):
 
 def test_curves_follow_the_log_and_what_is_null_is_left_out(tmp_path, chatml_dir, words):
     log = steps("base", pos_nll=99.0) + steps("ref", n_neg=0, neg_nll=0.0)
-    log += steps("sft", 300, neg_nll=None, tokens_per_s=None, n_neg=0) + steps("forget", 1)
+    log += (
+        steps("sft", 300, neg_nll=None, tokens_per_s=None, n_neg=0)
+        + steps("forget", 1)
+        + steps("forget", 1, pos_nll=math.nan)
+    )
     write_run(tmp_path, chatml_dir, words, log=log, methods=["sft", "forget"])
     page, _ = page_of(tmp_path)
     assert {"Loss on P", "Loss on N", "Learning rate", "Gradient norm"} < page.paths.keys()
