@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
 from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
+from eval import write_report
 from forget import forgetting_loss, lam_at, partition
 from model import Transformer, load_tensors, read_config, read_json, require
 
@@ -421,6 +422,7 @@ def main(argv):
     summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     file.write_text(json.dumps(summary, indent=1))
+    write_report(out)
 
 
 if __name__ == "__main__":
