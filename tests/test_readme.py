@@ -17,6 +17,7 @@ from model import Transformer, read_config
 from train import peak_gb
 
 README = (ROOT / "README.md").read_text()
+README = re.sub(r".*TODO\(integrator\).*\n", "", README)  # what is not there yet
 LIMITS = {"forget.py": 130, "model.py": 330, "data.py": 330, "train.py": 330, "eval.py": 500}
 
 
@@ -195,7 +196,7 @@ def test_trl(tmp_path):
     how = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     how |= {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant"}
     how |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    how |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
+    how |= {"use_cpu": True, "bf16": False, "disable_tqdm": True}
     how |= {"report_to": "none", "save_strategy": "no", "output_dir": str(tmp_path / "out")}
     trainer = snippet("SFTTrainer").ForgettingTrainer(
         model=model,
