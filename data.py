@@ -79,8 +79,8 @@ class Tokenizer:
 
     def encode(self, text):
         text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
-        # some 500,000 overflow the stack of the split pattern
-        require(not re.search(r"(?<!\s)\s{300000}", text), "text", "300,000 blanks in a row")
+        endless = re.search(r"(?<!\s)\s{300000}", text)  # twice that many overflow tiktoken's stack
+        require(not endless, "text", "300,000 blanks in a row")
         for i, part in enumerate(self.lossy.split(text) if self.lone.search(text) else [text]):
             if i % 3 < 2:
                 ids += self.bpe.encode_ordinary(part)
@@ -201,8 +201,7 @@ def example_pieces(example, tokenizer, template):
         require(listed, "messages", "expected a list of objects")
         turns = [(m.get("role"), m.get("content")) for m in messages]
         roles = [role for role, _ in turns]
-        answered = "assistant" in roles and roles[0] != "assistant"
-        require(answered, "messages", f"no answer, or nothing before it, in {roles!r:.80}")
+        require("assistant" in roles and roles[0] != "assistant", "messages", "no turn is answered")
     else:
         require(form, "expected", f"messages, or {', or '.join(FORMATS)}")
         values = {key: value for key, value in example.items() if value is not None}
@@ -229,21 +228,17 @@ def read_file(file, bad=None):
     try:
         with (open if name == where else gzip.open)(file, "rb") as stream:
             if name.endswith(".json"):
-                content = stream.read(2**28)
-                require(len(content) < 2**28, "too long", "over 256 MB, write it as .jsonl")
-                values = parse(content)
+                values = parse(stream.read(2**28), 2**28)
                 require(isinstance(values, list), "JSON", "expected one array of examples")
                 yield from ((f"{file}, item {i}", value) for i, value in enumerate(values, 1))
             else:
                 for i, line in enumerate(iter(lambda: stream.readline(2**24), b""), 1):
                     where = f"{file}, line {i}"
                     try:
-                        require(len(line) < 2**24, "too long", "over 16 MB, expected an example")
                         if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                            yield where, parse(line)
+                            yield where, parse(line, 2**24)
                     except (ValueError, RecursionError) as e:
-                        if bad is None:
-                            raise
+                        require(bad is not None, "broken", e)
                         bad.append(f"{where}: {e}")
                     while line and line[-1:] != b"\n":  # the rest of one that is too long
                         line = stream.readline(2**24)
