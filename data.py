@@ -246,10 +246,11 @@ def read_file(file, bad=None):
         raise InputError(f"{where}: {e}") from None
 
 
-# A padded micro-batch: tokens [B, T] with 0 on the right; of its N response tokens index [N], where
-# in the [B * T] hidden states each is predicted (one position before it), targets [N] and where [N]
-# they stand in the flat arrays of Examples; all int64. n_tokens is without padding.
-Batch = namedtuple("Batch", "tokens index targets where n_tokens")
+# A micro-batch of documents end to end, T tokens in all, without padding: tokens [1, T], positions
+# [1, T] of each in its document, documents (ends [n + 1] int32, longest); of its N response tokens
+# index [N], where in the hidden states each is predicted (one position before it), targets [N] and
+# where [N] they stand in the flat arrays of Examples. int64 but for ends.
+Batch = namedtuple("Batch", "tokens positions documents index targets where")
 
 
 @dataclass
@@ -268,22 +269,28 @@ class Examples:
         offsets = np.cumsum([0, *np.diff(self.offsets)[rows]])
         return Examples(self.tokens[take], offsets, self.response[take])
 
-    def batches(self, rows, micro_tokens):
-        """The examples `rows` in micro-batches of at most micro_tokens tokens with padding (a
-        longer example goes alone), sorted by length so that there is little padding."""
+    def micro_batches(self, rows, micro_tokens):
+        """`rows` cut into a list of arrays of rows, of at most micro_tokens tokens each (a longer
+        example goes alone), longest first: neighbours of one length share their attention."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         order = np.argsort(-lengths, kind="stable")
-        rows, lengths = rows[order], lengths[order]
-        while len(rows):
-            T = lengths[0]
-            B = max(1, micro_tokens // T)
-            real = np.arange(T) < lengths[:B, None]  # [B, T]
-            where = np.where(real, self.offsets[rows[:B], None] + np.arange(T), 0)
-            tokens = np.where(real, self.tokens[where], 0)
-            response = real & self.response[where]
-            arrays = tokens, np.flatnonzero(response) - 1, tokens[response], where[response]
-            yield Batch(*(torch.from_numpy(a.astype(np.int64)) for a in arrays), int(real.sum()))
-            rows, lengths = rows[B:], lengths[B:]
+        ends, cuts = np.cumsum(lengths[order]), [0]
+        while cuts[-1] < len(rows):
+            done = ends[cuts[-1] - 1] if cuts[-1] else 0
+            cuts.append(max(cuts[-1] + 1, np.searchsorted(ends, done + micro_tokens, "right")))
+        return np.split(rows[order], cuts[1:-1]) if len(rows) else []
+
+    def batch(self, rows):
+        """The Batch of these rows."""
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        ends = np.cumsum([0, *lengths])
+        positions = np.arange(ends[-1]) - ends[:-1].repeat(lengths)  # [T]
+        where = starts.repeat(lengths) + positions
+        tokens, response = self.tokens[where].astype(np.int64), self.response[where]
+        arrays = tokens, positions, np.flatnonzero(response) - 1, tokens[response], where[response]
+        tokens, positions, *rest = map(torch.from_numpy, arrays)
+        documents = torch.from_numpy(ends.astype(np.int32)), int(lengths.max())
+        return Batch(tokens[None], positions[None], documents, *rest)
 
 
 def tokenize(examples, tokenizer, template, max_len, bad=None):

@@ -14,21 +14,24 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
 from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
+from eval import write_report
 from forget import forgetting_loss, lam_at, partition
 from model import Transformer, load_tensors, read_config, read_json, require
 
 
 METHODS = ["sft", "ignore", "forget"]
-HARMLESS = ["out", "methods", "repeats", "micro_tokens", "device", "compile"]  # may change
+HARMLESS = "out methods repeats micro_tokens device compile activation_checkpointing".split()
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Settings:
     weight_decay: float = opt(0.0, "AdamW weight decay, per step and lr", 0, 1e6)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", 0, 1e6)
     batch_size: int = opt(24, "sequences per optimizer step", 1, 10**9)
-    micro_tokens: int = opt(2048, "most tokens, with padding, in one forward pass", 1, 10**9)
+    micro_tokens: int = opt(0, "most tokens in a pass; 0 = 1024 on a CPU, else 8192", 0, 10**9)
     epochs: int = opt(1, "passes over the data", 1, 10**9)
     max_steps: int = opt(0, "most optimizer steps of a stage; 0 = no limit", 0, 10**9)
     max_len: int = opt(2048, "tokens; longer examples are cut", 2, 10**9)
@@ -62,6 +65,7 @@ class Settings:
     dtype: str = opt("auto", "of activations; auto = bf16 if fast", "auto", "bfloat16", "float32")
     device: str = opt("auto", "cpu, cuda, cuda:1 ...; auto = an accelerator if there is one")
     compile: bool = opt(None, "torch.compile the model; None = on a GPU only")
+    activation_checkpointing: bool = opt(False, "keep less for backward, compute it again")
     out: str = opt("out", "directory for everything that is written")
 
 
@@ -84,6 +88,11 @@ def progress(stage, step, steps, begun, text=""):
     if live or last or (step - 1) % math.ceil(steps / 10) == 0:
         line = f"{stage:6s} {step}/{steps}  {text}  {seconds / step * (steps - step):.0f} s left"
         print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
+
+
+def processes():
+    """(rank of this process, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def lr_at(step, steps, lr, warmup):
@@ -116,22 +125,31 @@ def train(model, data, positive, negative, s, stage, log_file):
     print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
     old = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
     log_file.write_text("".join(line for line in old if f'"stage": "{stage}"' not in line))
-    torch.manual_seed(s.seed)  # dropout
     model.train()
+    rank, ranks = processes()
+    peak_flops = ranks * matmul_flops(device, model.dtype)
     start = time.perf_counter()
     for step, rows in enumerate(step_rows(len(data), s.batch_size, steps, s.seed)):
-        begun, batches = time.perf_counter(), list(data.batches(rows, s.micro_tokens))
+        begun = time.perf_counter()
+        batches = [data.batch(part) for part in data.micro_batches(rows, s.micro_tokens)]
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
         n_pos, n_neg = (sum(int(m[b.where].sum()) for b in batches) for m in (positive, negative))
         lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
         totals = torch.zeros(3, device=device)  # loss, nll over P, nll over N
-        for batch in batches:
+        for i, batch in list(enumerate(batches))[rank::ranks]:
+            # dropout depends on the micro-batch alone, not on who computes it or what went before
+            torch.manual_seed(int(np.random.default_rng([s.seed, step, i]).integers(2**63)))
             pos, neg = positive[batch.where].to(device), negative[batch.where].to(device)
             nll = response_nll(model, batch)  # [N]
             loss = forgetting_loss(nll, pos, neg, lam, n_pos, n_neg, s.ascent)
             loss.backward()
             by_sign = (torch.where(mask, nll, 0).sum() for mask in (pos, neg))
             totals += torch.stack([loss, *by_sign]).detach()
+        if ranks > 1:
+            for p in params:  # a process may have had no micro-batch
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for tensor in (totals, *(p.grad for p in params)):
+                dist.all_reduce(tensor)
         # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
         norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
         optimizer.param_groups[0]["lr"] = lr
@@ -143,14 +161,44 @@ def train(model, data, positive, negative, s, stage, log_file):
         if not math.isfinite(loss + norm):
             lower = "--lr or --lambda_max" if lam else "--lr"
             raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {text}: lower {lower}")
-        seconds, tokens = time.perf_counter() - begun, sum(b.n_tokens for b in batches)
+        seconds, tokens = time.perf_counter() - begun, sum(b.tokens.numel() for b in batches)
         record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
         record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
         record |= {"n_pos": n_pos, "n_neg": n_neg, "tokens": tokens, "seconds": seconds}
-        with log_file.open("a") as log:
-            log.write(json.dumps(record | {"tokens_per_s": tokens / seconds, "mfu": None}) + "\n")
+        record |= {"tokens_per_s": tokens / seconds}
+        record |= {"mfu": step_flops(model, batches) / seconds / peak_flops}
+        if rank == 0:
+            with log_file.open("a") as log:
+                log.write(json.dumps(record) + "\n")
         progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s")
     model.eval()
+
+
+@cache
+def matmul_flops(device, dtype):
+    """Floating-point operations a second of a square product: the peak that mfu is measured by."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
+    for _ in range(5):
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * n**3 / best
+
+
+def step_flops(model, batches):
+    """Of the products of a training step: 2 for each weight and token forward, 2 for the gradient
+    by the input and, where the weight trains, 2 for its own (LoRA: 4 N + 6 A). The head sees
+    response tokens only. Attention over a document of L tokens: 2 products of L^2 H D (causal),
+    twice that backward. What is computed again does not count."""
+    shapes = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    cost = sum((6 if p.requires_grad else 4) * p.numel() for p in shapes)
+    head = (6 if model.head_weight.requires_grad else 4) * model.head_weight.numel()
+    c = model.cfg
+    square = 6 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    lengths = torch.cat([b.documents[0].diff() for b in batches]).double()
+    responses = sum(len(b.targets) for b in batches)
+    return float(cost * lengths.sum() + head * responses + square * (lengths**2).sum())
 
 
 def peak_gb(model, trained, micro_tokens):
@@ -161,7 +209,7 @@ def peak_gb(model, trained, micro_tokens):
     if trained < sum(p.numel() for p in model.parameters()):  # adapters keep inputs of their own
         kept += 5 * c.hidden_size + 2 * c.intermediate_size
     layers = micro_tokens * kept * model.dtype.itemsize * c.num_hidden_layers
-    return 0.4 + (weights + 12 * trained + layers + 12 * 512 * c.vocab_size) / 1e9
+    return 0.4 + (weights + 12 * trained + layers + 12 * 256 * c.vocab_size) / 1e9
 
 
 def load(s, path, lora=False):
@@ -173,6 +221,7 @@ def load(s, path, lora=False):
     model.dtype = dtype
     if lora and s.lora_rank:
         model.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout)
+    model.checkpointing = s.activation_checkpointing
     if s.compile or s.compile is None and device.type != "cpu":
         model.hidden = torch.compile(model.hidden, dynamic=True)
     return model.eval()
@@ -209,12 +258,16 @@ def score(s, base_path, data, out):
         lacking = [name for name in odd.missing_keys if "lora_" in name] + odd.unexpected_keys
         require(not lacking, out / "ref", f"the adapter does not fit, first {lacking[:1]}")
     nll_base, nll_ref = torch.zeros(2, len(data.tokens))
-    begun, batches = time.perf_counter(), list(data.batches(np.arange(len(data)), s.micro_tokens))
-    for i, batch in enumerate(batches, 1):
+    begun, (rank, ranks) = time.perf_counter(), processes()
+    parts = data.micro_batches(np.arange(len(data)), s.micro_tokens)[rank::ranks]
+    for i, rows in enumerate(parts, 1):
+        batch = data.batch(rows)
         for model, nll, adapted in ((ref, nll_ref, True), (base, nll_base, False)):
             model.use_adapters(adapted)
             nll[batch.where] = response_nll(model, batch).cpu()
-        progress("score", i, len(batches), begun)
+        progress("score", i, len(parts), begun)
+    if ranks > 1:
+        dist.all_reduce(nll_base), dist.all_reduce(nll_ref)
     return nll_base, nll_ref
 
 
@@ -342,6 +395,8 @@ def main(argv):
     s = Settings(**({} if given.get("model") else WORLD) | given)
     require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
     require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
+    device, _ = pick(s.device, s.dtype)
+    s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 8192)
     out, settings = Path(s.out), asdict(s)
     if not s.model and "lr" not in given:
         settings["lr"] = WORLD_LR
@@ -367,6 +422,7 @@ def main(argv):
     summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     file.write_text(json.dumps(summary, indent=1))
+    write_report(out)
 
 
 if __name__ == "__main__":
