@@ -45,9 +45,10 @@ class Tokenizer:
         ranks, split, self.control, self.nfc, self.add_bos = read(Path(path))
         ids = [*ranks.values(), *self.control.values()]
         require(len(set(ids)) == len(ids), path, "two tokens of its tokenizer have one id")
-        for b in [*range(0xC0), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
-            known = bytes([b]) in ranks or b in MAY_LACK and split in (GPT2_SPLIT, DIGITS_SPLIT)
-            require(known, path, f"no byte {b:#x} in tokenizer.json or tokenizer.model")
+        self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        may = MAY_LACK if split in (GPT2_SPLIT, DIGITS_SPLIT) else ()
+        lost = {*self.lacking}.difference(may, (0xC0, 0xC1), range(0xF5, 256))  # not of UTF-8
+        require(not lost, path, f"bytes {[*map(hex, lost)]} not in tokenizer.json or .model")
         spec = {"pat_str": split, "mergeable_ranks": ranks, "special_tokens": self.control}
         self.bpe = tiktoken.Encoding("", **spec)
         self.vocab_size, settings = self.bpe.n_vocab, {}
@@ -57,11 +58,9 @@ class Tokenizer:
             token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
             token = token["content"] if isinstance(token, dict) else token
             i = self.control.get(token, i[0] if isinstance(i, list) else i)
-            require(
-                i is None or type(i) is int and 0 <= i < self.vocab_size, path, f"{kind} is {i!r}"
-            )
+            known = i is None or type(i) is int and 0 <= i < self.vocab_size
+            require(known, path, f"{kind}_token_id is {i!r}")
             setattr(self, f"{kind}_id", i)
-        self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
         lone = "".join(MAY_LACK.get(b, "") for b in self.lacking)
         other = r"(?:[^\w\s]|[_\x1c-\x1f])*"
         space = r"(?:[^\S \x1c-\x1f](?! ))?"  # one that the pattern would cut off
