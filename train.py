@@ -9,26 +9,32 @@
 import hashlib
 import json
 import math
+import re
 import resource
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
 from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
 from forget import forgetting_loss, lam_at, partition
-from model import Transformer, load_tensors, read_config, read_json, require
+from model import InputError, Transformer, publish, read_config, read_json, read_tensors, require
+from model import save_tensors, write_text
 
 
 METHODS = ["sft", "ignore", "forget"]
-HARMLESS = ["out", "methods", "repeats", "micro_tokens", "device", "compile"]  # may change
+# What may change in a run that goes on: of files the content counts. The targets matter to ignore
+# (rho alone) and to forget: with another rho the scores stay, with another partition.
+HARMLESS = "out methods repeats micro_tokens device compile save_every model data ref_data".split()
+TARGETS = ["rho", "lambda_max", "lambda_min", "ascent"]
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Settings:
     dtype: str = opt("auto", "of activations; auto = bf16 if fast", "auto", "bfloat16", "float32")
     device: str = opt("auto", "cpu, cuda, cuda:1 ...; auto = an accelerator if there is one")
     compile: bool = opt(None, "torch.compile the model; None = on a GPU only")
+    save_every: int = opt(50, "steps from one saved state of training to the next", 1, 10**9)
     out: str = opt("out", "directory for everything that is written")
 
 
@@ -74,14 +81,23 @@ WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embe
 
 
 SECONDS = {}  # that each stage took in this process
+STOP = {"in a step": False, "signal": 0}
 
 
-def progress(stage, step, steps, begun, text=""):
-    """After a step: one moving line on a terminal, else a line for each tenth of the stage."""
+def on_signal(number, _):
+    """Ctrl-C or SIGTERM: a step of training is finished and its state saved first; twice, at once."""
+    if STOP["signal"] or not STOP["in a step"]:
+        raise KeyboardInterrupt(number)
+    STOP["signal"] = number
+
+
+def progress(stage, step, steps, begun, text="", done=0):
+    """After a step: one moving line on a terminal, else a line for each tenth of the stage. `done`
+    steps were made by an earlier process."""
     seconds, live, last = time.perf_counter() - begun, sys.stdout.isatty(), step == steps
     SECONDS[stage] = SECONDS.get(stage, 0) + seconds * last
     if live or last or (step - 1) % math.ceil(steps / 10) == 0:
-        line = f"{stage:6s} {step}/{steps}  {text}  {seconds / step * (steps - step):.0f} s left"
+        line = f"{stage:6s} {step}/{steps}  {text}  {seconds / (step - done) * (steps - step):.0f} s left"
         print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
 
 
@@ -100,9 +116,33 @@ def step_rows(n, batch_size, steps, seed):
         yield order[step % per_epoch * batch_size :][:batch_size]
 
 
-def train(model, data, positive, negative, s, stage, log_file):
+def restore(live, folder, mark):
+    """Copy the newest state in a folder that is not damaged into the tensors `live`. Returns its
+    step and which of two file names is the next to write: 0, 0 without one."""
+    files = sorted(folder.glob("?.safetensors"), key=lambda f: f.stat().st_mtime_ns, reverse=True)
+    for file in files:
+        try:
+            tensors, facts = read_tensors(file)
+            fits = {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in live.items()}
+            fits &= facts.get("step", "").isdigit()
+            require(fits or facts.get("fingerprint") != mark, file, "damaged (wrong tensors)")
+        except InputError as e:
+            print(
+                f"{e}\n  the state before it is used, or else the stage begun anew", file=sys.stderr
+            )
+            continue
+        require_same(file, facts.get("fingerprint"), mark)
+        for name, tensor in live.items():
+            tensor.copy_(tensors[name])
+        print(f"  going on after step {facts['step']}")
+        return int(facts["step"]), 1 - int(file.stem)
+    return 0, 0
+
+
+def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
     """Minimise forgetting_loss on Examples, in place, over the parameters that require gradients.
-    positive and negative [total] bool are masks over data.tokens."""
+    positive and negative [total] bool are masks over data.tokens. The state is saved beside the log
+    with `mark`, the fingerprint of what it was made from; one that is there is gone on from."""
     device, params = model.head_weight.device, [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, s.lr, weight_decay=s.weight_decay, fused=True)
     steps = s.epochs * math.ceil(len(data) / s.batch_size)
@@ -113,12 +153,24 @@ def train(model, data, positive, negative, s, stage, log_file):
     print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
     print(f"  {len(data.tokens):,} tokens, {positive.sum():,} in P, {negative.sum():,} in N")
     print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
-    old = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-    log_file.write_text("".join(line for line in old if f'"stage": "{stage}"' not in line))
-    torch.manual_seed(s.seed)  # dropout
+    live, folder = {}, log_file.with_name(f"{stage}.state")
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = moments | {"step": torch.zeros((), device=device)}
+            live |= {f"{key} {name}": tensor for key, tensor in optimizer.state[p].items()}
+            live[name] = p.detach()
+    done, slot = restore(live, folder, mark)
+    lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+    found = [re.match(r'\{"stage": "(\w+)", "step": (\d+),.*\}\n', line) for line in lines]
+    kept = [m[0] for m in found if m and (m[1] != stage or int(m[2]) <= done)]
+    write_text(log_file, "".join(kept))
     model.train()
-    start = time.perf_counter()
-    for step, rows in enumerate(step_rows(len(data), s.batch_size, steps, s.seed)):
+    start, warned = time.perf_counter(), False
+    STOP["in a step"] = True
+    order = enumerate(step_rows(len(data), s.batch_size, steps, s.seed))
+    for step, rows in islice(order, done, None):
+        torch.manual_seed(s.seed * 1_000_003 + step)  # dropout, the same when a run goes on here
         begun, batches = time.perf_counter(), list(data.batches(rows, s.micro_tokens))
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
         n_pos, n_neg = (sum(int(m[b.where].sum()) for b in batches) for m in (positive, negative))
@@ -133,22 +185,38 @@ def train(model, data, positive, negative, s, stage, log_file):
             totals += torch.stack([loss, *by_sign]).detach()
         # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
         norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
+        loss, pos_nll, neg_nll, norm = *totals.tolist(), float(norm)
+        pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / n_neg if n_neg else None
+        text = f"loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll or 0:.3f}  lam {lam:.3f}"
+        text += f"  norm {norm:.2f}"
+        if not math.isfinite(loss + norm):  # before it reaches the weights
+            lower = "--lr or --lambda_max" if lam else "--lr"
+            raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {text}: lower {lower}")
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        loss, pos_nll, neg_nll, norm = *totals.tolist(), float(norm)
-        pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / max(n_neg, 1)
-        text = f"loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll:.3f}  lam {lam:.3f}  norm {norm:.2f}"
-        if not math.isfinite(loss + norm):
-            lower = "--lr or --lambda_max" if lam else "--lr"
-            raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {text}: lower {lower}")
         seconds, tokens = time.perf_counter() - begun, sum(b.n_tokens for b in batches)
         record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
         record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
         record |= {"n_pos": n_pos, "n_neg": n_neg, "tokens": tokens, "seconds": seconds}
         with log_file.open("a") as log:
             log.write(json.dumps(record | {"tokens_per_s": tokens / seconds, "mfu": None}) + "\n")
-        progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s")
+        progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s", done)
+        # Beyond the nll of a uniform guess, ln V, a model would do better on N if it knew nothing:
+        # what ascent still moves is the rest. In the embedded world (ln V = 6.4) accuracy fell.
+        if not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
+            warned = True
+            print(
+                f"\n{stage}: N at {neg_nll:.1f} is worse than a guess: lower --lambda_max or --lr"
+            )
+        if STOP["signal"] or (step + 1) % s.save_every == 0:
+            folder.mkdir(exist_ok=True)
+            facts = {"step": str(step + 1), "fingerprint": mark}
+            save_tensors(folder / f"{slot}.safetensors", live, facts)
+            slot = 1 - slot
+        if STOP["signal"]:
+            raise KeyboardInterrupt(STOP["signal"])
+    STOP["in a step"] = False
     model.eval()
 
 
@@ -161,6 +229,19 @@ def peak_gb(model, trained, micro_tokens):
         kept += 5 * c.hidden_size + 2 * c.intermediate_size
     layers = micro_tokens * kept * model.dtype.itemsize * c.num_hidden_layers
     return 0.4 + (weights + 12 * trained + layers + 12 * 512 * c.vocab_size) / 1e9
+
+
+def require_space(s, base, data, out):
+    """InputError unless the disk can hold what a run still writes: two states, models, scores."""
+    with torch.device("meta"):  # shapes without memory
+        model = Transformer(read_config(read_json(Path(base, "config.json")), base))
+        size = sum(p.numel() for p in model.parameters())
+        params = (model.add_lora(s.lora_rank, 1, 0) if s.lora_rank else model).parameters()
+    trained = sum(p.numel() for p in params if p.requires_grad)
+    models = sum(not (out / method).exists() for method in s.methods) + (not s.lora_rank)
+    needed = 24 * trained + pick(s.device, s.dtype)[1].itemsize * size * models
+    needed, free = (needed + 20 * len(data.tokens)) / 1e9, shutil.disk_usage(out).free / 1e9
+    require(needed < free, out, f"about {needed:.1f} GB are needed, but {free:.1f} GB are free")
 
 
 def load(s, path, lora=False):
@@ -177,25 +258,30 @@ def load(s, path, lora=False):
     return model.eval()
 
 
-def tune(s, stage, start, data, positive, out):
+def tune(s, stage, start, data, positive, out, mark):
     """Train the checkpoint `start` and write out/stage, unless it is there. Only "forget" has
     negatives. The reference of a LoRA run stays an adapter; all else is a whole checkpoint."""
     if (out / stage).exists():
+        require_done(out / stage, mark)
+        shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
         return print(f"{stage}: {out / stage} is done")
     model = load(s, start, lora=True)
     negative = torch.from_numpy(data.response) & ~positive & (stage == "forget")
-    train(model, data, positive, negative, s, stage, out / "log.jsonl")
+    train(model, data, positive, negative, s, stage, out / "log.jsonl", mark)
     path = out / f"{stage}.tmp"  # renamed when it is whole
-    path.mkdir(exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
     if stage == "ref" and s.lora_rank:
         adapter = {k: v for k, v in model.state_dict().items() if "lora_" in k}
-        save_file(adapter, path / "adapter.safetensors")
+        save_tensors(path / "adapter.safetensors", adapter, {})
     else:
         model.merge_lora().to(model.dtype).save_pretrained(path)
         for pattern in ("tokenizer*", "special_tokens*", "generation_config*", "chat_template*"):
             for file in Path(start).glob(pattern):
                 shutil.copy(file, path)
-    path.rename(out / stage)
+    (path / "fingerprint.json").write_text(mark)
+    publish(path, out / stage)
+    shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
 
 
 @torch.no_grad()
@@ -204,7 +290,7 @@ def score(s, base_path, data, out):
     ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
     base = ref if s.lora_rank else load(s, base_path)
     if s.lora_rank:
-        odd = ref.load_state_dict(load_tensors(out / "ref/adapter.safetensors"), strict=False)
+        odd = ref.load_state_dict(read_tensors(out / "ref/adapter.safetensors")[0], strict=False)
         lacking = [name for name in odd.missing_keys if "lora_" in name] + odd.unexpected_keys
         require(not lacking, out / "ref", f"the adapter does not fit, first {lacking[:1]}")
     nll_base, nll_ref = torch.zeros(2, len(data.tokens))
@@ -217,42 +303,73 @@ def score(s, base_path, data, out):
     return nll_base, nll_ref
 
 
-def fingerprint(examples, *folders):
-    """sha256 of tokenised examples and of what shapes a model: config, tokenizer and weights."""
-    digest = hashlib.sha256(b"".join(vars(examples).values()))
-    for file in (file for folder in folders for file in sorted(Path(folder).iterdir())):
+@cache  # models are large: each is read once
+def folder_digest(folder):
+    """sha256 of what shapes a model: config, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
         if file.suffix in (".json", ".model", ".safetensors"):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
+def fingerprint(s, stage, **sources):
+    """What the files of a stage are made from, as JSON: sha256 of sources, settings that matter."""
+    unused = HARMLESS + {"forget": [], "ignore": TARGETS[1:]}.get(stage, TARGETS)
+    for name, source in sources.items():
+        if not isinstance(source, Path):
+            sources[name] = hashlib.sha256(b"".join(vars(source).values())).hexdigest()
+        else:
+            sources[name] = folder_digest(source)
+    return json.dumps(sources | {k: v for k, v in asdict(s).items() if k not in unused})
+
+
+def require_same(file, found, mark):
+    """InputError names in what the fingerprint found in a file differs from that of this run."""
+    found, mark = (json.loads(text) if str(text)[:1] == "{" else {} for text in (found, mark))
+    values = {k: f"{k} ({found.get(k)}, now {v})" for k, v in mark.items() if found.get(k) != v}
+    differ = [k if k in ("model", "data", "ref_data", "ref") else v for k, v in values.items()]
+    problem = f"made with another {', '.join(differ)}: delete it, or give another --out"
+    require(not differ, file, problem)
+
+
+def require_done(path, mark):
+    require_same(path, json.dumps(read_json(path / "fingerprint.json")), mark)
+
+
 def pipeline(s, base, data, ref_data, out, rates):
     """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method, at
     its rate in `rates` or s.lr. Returns the stored scores and {row of the table: checkpoint}."""
     out.mkdir(parents=True, exist_ok=True)
-    at_rate = {stage: replace(s, lr=rates.get(stage, s.lr)) for stage in ("ref", *s.methods)}
-    tune(at_rate["ref"], "ref", base, ref_data, torch.from_numpy(ref_data.response), out)
+    at_rate = {stage: replace(s, lr=rates.get(stage, s.lr)) for stage in ("ref", *METHODS)}
+    sources = {"model": Path(base), "data": data, "ref_data": ref_data}
+    marks = {stage: fingerprint(at_rate[stage], stage, **sources) for stage in at_rate}
+    for stage in filter(lambda stage: (out / stage).exists(), METHODS):
+        require_done(out / stage, marks[stage])  # before anything is written
+    require_space(s, base, data, out)
+    everything = torch.from_numpy(ref_data.response)
+    tune(at_rate["ref"], "ref", base, ref_data, everything, out, marks["ref"])
     response, file = torch.from_numpy(data.response), out / "scores.safetensors"
-    mark = fingerprint(data, base, out / "ref") + fingerprint(ref_data)
-    if not file.exists():
-        nll_base, nll_ref = score(s, base, data, out)
-        influence, positive = (nll_base - nll_ref)[response], torch.zeros_like(response)
+    mark = fingerprint(at_rate["ref"], "ref", **sources, ref=out / "ref")
+    if file.exists():
+        scores, facts = read_tensors(file)
+        require_same(file, facts.get("fingerprint"), mark)
+    else:
+        arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
+        scores, facts = arrays | {"response": response.byte()}, {"fingerprint": mark}
+        scores["nll_base"], scores["nll_ref"] = score(s, base, data, out)
+    if facts.get("rho") != str(s.rho):
+        influence = (scores["nll_base"] - scores["nll_ref"])[response]
+        positive = torch.zeros_like(response)
         require(influence.isfinite().all(), base, "it or its reference gives an nll of NaN")
         positive[response] = best = partition(influence, s.rho)
         threshold = float(influence[best].min()) if best.any() else math.inf
-        arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
-        arrays |= {"nll_base": nll_base, "nll_ref": nll_ref, "positive": positive.byte()}
-        facts = {"rho": str(s.rho), "threshold": str(threshold), "fingerprint": mark}
-        save_file(arrays | {"response": response.byte()}, out / "scores.tmp", facts)
-        (out / "scores.tmp").rename(file)
-    scores = load_tensors(file)
-    with safe_open(file, "pt") as stored:
-        same = (stored.metadata() or {}).get("fingerprint") == mark
-    require(same, file, "made from other data or models; give another --out, or delete it")
+        scores["positive"] = positive.byte()
+        save_tensors(file, scores, facts | {"rho": str(s.rho), "threshold": str(threshold)})
     for method in s.methods:
         learned = response if method == "sft" else scores["positive"].bool()
-        tune(at_rate[method], method, base, data, learned, out)
+        tune(at_rate[method], method, base, data, learned, out, marks[method])
     return scores, {"base": base} | {method: out / method for method in s.methods}
 
 
@@ -292,7 +409,9 @@ def pretrain(s, world, out):
         Transformer(cfg).init_weights(s.seed).save_pretrained(out / "start")
         corpus = tokenize(enumerate(world.corpus()), tokenizer, "tulu", 64)
         response = torch.from_numpy(corpus.response)
-        tune(replace(s, **WORLD_BASE), "base", out / "start", corpus, response, out)
+        s = replace(s, **WORLD_BASE)
+        mark = fingerprint(s, "base", model=out / "start", data=corpus)
+        tune(s, "base", out / "start", corpus, response, out, mark)
 
 
 def world_run(s, world, base, out, rates, names="test"):
@@ -335,21 +454,30 @@ def show(tables):
     return result
 
 
+def clashes(given):
+    """Yields what is wrong with settings beside one another."""
+    s = replace(Settings(), **given)
+    if s.lambda_min > s.lambda_max:
+        yield f"--lambda_min: {s.lambda_min} is above --lambda_max {s.lambda_max}"
+    if bool(s.model) != bool(s.data):
+        yield "--model, --data: give both, or neither (embedded world)"
+
+
 def main(argv):
-    given = parse_settings(Settings, argv, __doc__, WORLD | {"lr": "one for each stage"})
+    special = WORLD | {"lr": "one for each stage"}
+    given = parse_settings(Settings, argv, __doc__, special, clashes)
     s = Settings(**({} if given.get("model") else WORLD) | given)
-    require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
-    require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
+    STOP.update({"in a step": False, "signal": 0})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     out, settings = Path(s.out), asdict(s)
     if not s.model and "lr" not in given:
         settings["lr"] = WORLD_LR
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "log.jsonl").exists():  # work was done here, with settings that may matter
-        kept = read_json(out / "settings.json")
-        differ = {k: kept.get(k) for k, v in settings.items() if kept.get(k) != v}
-        differ = {k: v for k, v in differ.items() if k not in HARMLESS}
-        require(not differ, out, f"holds a run with other settings, {differ}: use another --out")
-    (out / "settings.json").write_text(json.dumps(settings))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "settings.json", json.dumps(settings))
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written to: {e.strerror}") from None
     file, tables = out / "summary.json", []
     if s.model:
         tables.append(real_run(s, out))
@@ -364,7 +492,7 @@ def main(argv):
     seconds = (read_json(file)["seconds"] if file.exists() else {}) | SECONDS
     summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    file.write_text(json.dumps(summary, indent=1))
+    write_text(file, json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":
