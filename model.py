@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         save_tensors(Path(path, "model.safetensors"), state, {"format": "pt"})
         raw = self.cfg.raw | {"torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")}
         raw.pop("dtype", None)  # transformers 5 writes it instead
-        write_text(Path(path, "config.json"), json.dumps(raw, indent=2))
+        Path(path, "config.json").write_text(json.dumps(raw, indent=2))
 
 
 def publish(path, name):
@@ -317,22 +317,17 @@ def save_tensors(path, tensors, facts):
     publish(part, path)
 
 
-def read_tensors(file):
-    """(tensors by name, metadata) of a safetensors file; InputError if it is damaged or absent."""
+def load_tensors(file):
+    """(tensors by name, metadata) of what save_tensors wrote; InputError if damaged or absent."""
     try:
         with safe_open(file, framework="pt") as stored:
             facts = stored.metadata() or {}
         tensors = load_file(file)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{file}: damaged ({e}): delete it to make it anew") from None
-    found = facts.pop("sha256", None)
-    whole = found is None or found == digest(tensors, facts)
-    require(whole, file, "damaged (another sha256 than it says): delete it to make it anew")
+    whole = facts.pop("sha256", None) == digest(tensors, facts)
+    require(whole, file, "damaged (its sha256 is another): delete it to make it anew")
     return tensors, facts
-
-
-def load_tensors(file):
-    return read_tensors(file)[0]
 
 
 def stored_tensors(path):

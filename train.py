@@ -26,7 +26,7 @@ import torch
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
 from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
 from forget import forgetting_loss, lam_at, partition
-from model import InputError, Transformer, publish, read_config, read_json, read_tensors, require
+from model import InputError, Transformer, load_tensors, publish, read_config, read_json, require
 from model import save_tensors, write_text
 
 
@@ -97,7 +97,8 @@ def progress(stage, step, steps, begun, text="", done=0):
     seconds, live, last = time.perf_counter() - begun, sys.stdout.isatty(), step == steps
     SECONDS[stage] = SECONDS.get(stage, 0) + seconds * last
     if live or last or (step - 1) % math.ceil(steps / 10) == 0:
-        line = f"{stage:6s} {step}/{steps}  {text}  {seconds / (step - done) * (steps - step):.0f} s left"
+        left = seconds / (step - done) * (steps - step)
+        line = f"{stage:6s} {step}/{steps}  {text}  {left:.0f} s left"
         print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
 
 
@@ -118,20 +119,15 @@ def step_rows(n, batch_size, steps, seed):
 
 def restore(live, folder, mark):
     """Copy the newest state in a folder that is not damaged into the tensors `live`. Returns its
-    step and which of two file names is the next to write: 0, 0 without one."""
-    files = sorted(folder.glob("?.safetensors"), key=lambda f: f.stat().st_mtime_ns, reverse=True)
-    for file in files:
+    step and which of two files is the next to write: 0, 0 without one."""
+    files = folder.glob("?.safetensors")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         try:
-            tensors, facts = read_tensors(file)
-            fits = {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in live.items()}
-            fits &= facts.get("step", "").isdigit()
-            require(fits or facts.get("fingerprint") != mark, file, "damaged (wrong tensors)")
+            tensors, facts = load_tensors(file)
         except InputError as e:
-            print(
-                f"{e}\n  the state before it is used, or else the stage begun anew", file=sys.stderr
-            )
+            print(f"{e}: looking for a state before it", file=sys.stderr)
             continue
-        require_same(file, facts.get("fingerprint"), mark)
+        require_same(folder, facts["fingerprint"], mark)
         for name, tensor in live.items():
             tensor.copy_(tensors[name])
         print(f"  going on after step {facts['step']}")
@@ -153,6 +149,11 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
     print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
     print(f"  {len(data.tokens):,} tokens, {positive.sum():,} in P, {negative.sum():,} in N")
     print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
+    left = [m for m in {stage, *s.methods} if not log_file.with_name(m).exists()]
+    needed = 24 * size + sum(p.nbytes for p in model.parameters()) * len(left)  # states and models
+    free = shutil.disk_usage(log_file.parent).free
+    text = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+    require(needed < free, log_file.parent, text)
     live, folder = {}, log_file.with_name(f"{stage}.state")
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -161,7 +162,8 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
             live |= {f"{key} {name}": tensor for key, tensor in optimizer.state[p].items()}
             live[name] = p.detach()
     done, slot = restore(live, folder, mark)
-    lines = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+    log_file.touch()
+    lines = log_file.read_text().splitlines(keepends=True)
     found = [re.match(r'\{"stage": "(\w+)", "step": (\d+),.*\}\n', line) for line in lines]
     kept = [m[0] for m in found if m and (m[1] != stage or int(m[2]) <= done)]
     write_text(log_file, "".join(kept))
@@ -202,14 +204,13 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
         with log_file.open("a") as log:
             log.write(json.dumps(record | {"tokens_per_s": tokens / seconds, "mfu": None}) + "\n")
         progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s", done)
-        # Beyond the nll of a uniform guess, ln V, a model would do better on N if it knew nothing:
-        # what ascent still moves is the rest. In the embedded world (ln V = 6.4) accuracy fell.
+        # Beyond ln V, the nll of a uniform guess, N is unlearned, and what ascent still moves is all
+        # the rest: in the embedded world (ln V = 6.4) accuracy fell from about 6 nats on.
         if not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
             warned = True
-            print(
-                f"\n{stage}: N at {neg_nll:.1f} is worse than a guess: lower --lambda_max or --lr"
-            )
+            print(f"\n{stage}: nll of {neg_nll:.1f} on N, worse than a guess: lower --lambda_max")
         if STOP["signal"] or (step + 1) % s.save_every == 0:
+            publish(log_file, log_file)  # on the disk before the state that counts on it
             folder.mkdir(exist_ok=True)
             facts = {"step": str(step + 1), "fingerprint": mark}
             save_tensors(folder / f"{slot}.safetensors", live, facts)
@@ -231,19 +232,6 @@ def peak_gb(model, trained, micro_tokens):
     return 0.4 + (weights + 12 * trained + layers + 12 * 512 * c.vocab_size) / 1e9
 
 
-def require_space(s, base, data, out):
-    """InputError unless the disk can hold what a run still writes: two states, models, scores."""
-    with torch.device("meta"):  # shapes without memory
-        model = Transformer(read_config(read_json(Path(base, "config.json")), base))
-        size = sum(p.numel() for p in model.parameters())
-        params = (model.add_lora(s.lora_rank, 1, 0) if s.lora_rank else model).parameters()
-    trained = sum(p.numel() for p in params if p.requires_grad)
-    models = sum(not (out / method).exists() for method in s.methods) + (not s.lora_rank)
-    needed = 24 * trained + pick(s.device, s.dtype)[1].itemsize * size * models
-    needed, free = (needed + 20 * len(data.tokens)) / 1e9, shutil.disk_usage(out).free / 1e9
-    require(needed < free, out, f"about {needed:.1f} GB are needed, but {free:.1f} GB are free")
-
-
 def load(s, path, lora=False):
     """A checkpoint on the device. Frozen weights are of the dtype of activations; those that train
     (adapters, or without LoRA all) stay float32 and are cast where used, as in autocast."""
@@ -258,12 +246,19 @@ def load(s, path, lora=False):
     return model.eval()
 
 
+def is_done(out, stage, mark):
+    """Whether out/stage is there, made from what `mark` says; InputError if from anything else."""
+    if not (out / stage).exists():
+        return False
+    require_same(out / stage, (out / stage / "fingerprint.json").read_text(), mark)
+    shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
+    return True
+
+
 def tune(s, stage, start, data, positive, out, mark):
     """Train the checkpoint `start` and write out/stage, unless it is there. Only "forget" has
     negatives. The reference of a LoRA run stays an adapter; all else is a whole checkpoint."""
-    if (out / stage).exists():
-        require_done(out / stage, mark)
-        shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
+    if is_done(out, stage, mark):
         return print(f"{stage}: {out / stage} is done")
     model = load(s, start, lora=True)
     negative = torch.from_numpy(data.response) & ~positive & (stage == "forget")
@@ -281,7 +276,7 @@ def tune(s, stage, start, data, positive, out, mark):
                 shutil.copy(file, path)
     (path / "fingerprint.json").write_text(mark)
     publish(path, out / stage)
-    shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
+    is_done(out, stage, mark)  # so its state goes
 
 
 @torch.no_grad()
@@ -290,7 +285,8 @@ def score(s, base_path, data, out):
     ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
     base = ref if s.lora_rank else load(s, base_path)
     if s.lora_rank:
-        odd = ref.load_state_dict(read_tensors(out / "ref/adapter.safetensors")[0], strict=False)
+        adapter, _ = load_tensors(out / "ref/adapter.safetensors")
+        odd = ref.load_state_dict(adapter, strict=False)
         lacking = [name for name in odd.missing_keys if "lora_" in name] + odd.unexpected_keys
         require(not lacking, out / "ref", f"the adapter does not fit, first {lacking[:1]}")
     nll_base, nll_ref = torch.zeros(2, len(data.tokens))
@@ -314,47 +310,39 @@ def folder_digest(folder):
     return digest.hexdigest()
 
 
-def fingerprint(s, stage, **sources):
-    """What the files of a stage are made from, as JSON: sha256 of sources, settings that matter."""
+def fingerprint(s, stage, sources):
+    """What the files of a stage are made from, as JSON: digests of sources, settings that matter."""
     unused = HARMLESS + {"forget": [], "ignore": TARGETS[1:]}.get(stage, TARGETS)
-    for name, source in sources.items():
-        if not isinstance(source, Path):
-            sources[name] = hashlib.sha256(b"".join(vars(source).values())).hexdigest()
-        else:
-            sources[name] = folder_digest(source)
     return json.dumps(sources | {k: v for k, v in asdict(s).items() if k not in unused})
 
 
-def require_same(file, found, mark):
-    """InputError names in what the fingerprint found in a file differs from that of this run."""
-    found, mark = (json.loads(text) if str(text)[:1] == "{" else {} for text in (found, mark))
-    values = {k: f"{k} ({found.get(k)}, now {v})" for k, v in mark.items() if found.get(k) != v}
-    differ = [k if k in ("model", "data", "ref_data", "ref") else v for k, v in values.items()]
-    problem = f"made with another {', '.join(differ)}: delete it, or give another --out"
-    require(not differ, file, problem)
-
-
-def require_done(path, mark):
-    require_same(path, json.dumps(read_json(path / "fingerprint.json")), mark)
+def require_same(path, found, mark):
+    """InputError says in what the fingerprint found at a path differs from that of this run."""
+    if found != mark:
+        old, new = json.loads(found), json.loads(mark)
+        pairs = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
+        differ = ", ".join(f"{k} ({a!s:.9}, now {b!s:.9})" for k, (a, b) in pairs.items())
+        raise InputError(f"{path}: made with another {differ}: delete it, or use another --out")
 
 
 def pipeline(s, base, data, ref_data, out, rates):
     """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method, at
     its rate in `rates` or s.lr. Returns the stored scores and {row of the table: checkpoint}."""
     out.mkdir(parents=True, exist_ok=True)
+    both = {"data": data, "ref_data": ref_data}
+    sources = {k: hashlib.sha256(b"".join(vars(v).values())).hexdigest() for k, v in both.items()}
+    sources["model"] = folder_digest(base)
     at_rate = {stage: replace(s, lr=rates.get(stage, s.lr)) for stage in ("ref", *METHODS)}
-    sources = {"model": Path(base), "data": data, "ref_data": ref_data}
-    marks = {stage: fingerprint(at_rate[stage], stage, **sources) for stage in at_rate}
-    for stage in filter(lambda stage: (out / stage).exists(), METHODS):
-        require_done(out / stage, marks[stage])  # before anything is written
-    require_space(s, base, data, out)
-    everything = torch.from_numpy(ref_data.response)
-    tune(at_rate["ref"], "ref", base, ref_data, everything, out, marks["ref"])
+    marks = {stage: fingerprint(at_rate[stage], stage, sources) for stage in at_rate}
+    for stage in METHODS:
+        is_done(out, stage, marks[stage])  # if made with another rho, its scores stay as they are
+    positive = torch.from_numpy(ref_data.response)
+    tune(at_rate["ref"], "ref", base, ref_data, positive, out, marks["ref"])
     response, file = torch.from_numpy(data.response), out / "scores.safetensors"
-    mark = fingerprint(at_rate["ref"], "ref", **sources, ref=out / "ref")
+    mark = fingerprint(at_rate["ref"], "ref", sources | {"ref": folder_digest(out / "ref")})
     if file.exists():
-        scores, facts = read_tensors(file)
-        require_same(file, facts.get("fingerprint"), mark)
+        scores, facts = load_tensors(file)
+        require_same(file, facts["fingerprint"], mark)
     else:
         arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
         scores, facts = arrays | {"response": response.byte()}, {"fingerprint": mark}
@@ -402,15 +390,15 @@ def real_run(s, out):
 
 def pretrain(s, world, out):
     """Writes out/base, which knows the embedded world."""
-    if not (out / "base").exists():
+    s = replace(s, **WORLD_BASE)
+    mark = fingerprint(s, "base", {})  # all of it follows from the settings
+    if not is_done(out, "base", mark):
         world.write_tokenizer(out / "start")
         tokenizer = Tokenizer.from_pretrained(out / "start")
         cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
         Transformer(cfg).init_weights(s.seed).save_pretrained(out / "start")
         corpus = tokenize(enumerate(world.corpus()), tokenizer, "tulu", 64)
         response = torch.from_numpy(corpus.response)
-        s = replace(s, **WORLD_BASE)
-        mark = fingerprint(s, "base", model=out / "start", data=corpus)
         tune(s, "base", out / "start", corpus, response, out, mark)
 
 
@@ -475,7 +463,7 @@ def main(argv):
         settings["lr"] = WORLD_LR
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "settings.json", json.dumps(settings))
+        (out / "log.jsonl").open("a").close()
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written to: {e.strerror}") from None
     file, tables = out / "summary.json", []

@@ -74,7 +74,6 @@ def content(out):
     files["summary.json"] = summary["table"]
     records = map(json.loads, files.pop("log.jsonl").splitlines())
     files["log.jsonl"] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
-    files.pop("settings.json")  # names the directory
     return files
 
 
