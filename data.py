@@ -17,7 +17,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from model import InputError, read_json, require
+from model import InputError, parse, read_json, require
 
 # --- tokenizer -----------------------------------------------------------------------------------
 
@@ -43,6 +43,11 @@ class Tokenizer:
     def __init__(self, path):
         read = read_bpe if Path(path, "tokenizer.json").exists() else read_llama3
         ranks, split, self.control, self.nfc, self.add_bos = read(Path(path))
+        ids = [*ranks.values(), *self.control.values()]
+        require(len(set(ids)) == len(ids), path, "two tokens of its tokenizer have one id")
+        for b in [*range(0xC0), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
+            known = bytes([b]) in ranks or b in MAY_LACK and split in (GPT2_SPLIT, DIGITS_SPLIT)
+            require(known, path, f"no byte {b:#x} in tokenizer.json or tokenizer.model")
         spec = {"pat_str": split, "mergeable_ranks": ranks, "special_tokens": self.control}
         self.bpe = tiktoken.Encoding("", **spec)
         self.vocab_size, settings = self.bpe.n_vocab, {}
@@ -51,7 +56,11 @@ class Tokenizer:
         for kind in ("bos", "eos"):
             token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
             token = token["content"] if isinstance(token, dict) else token
-            setattr(self, f"{kind}_id", self.control.get(token, i[0] if isinstance(i, list) else i))
+            i = self.control.get(token, i[0] if isinstance(i, list) else i)
+            require(
+                i is None or type(i) is int and 0 <= i < self.vocab_size, path, f"{kind} is {i!r}"
+            )
+            setattr(self, f"{kind}_id", i)
         self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
         lone = "".join(MAY_LACK.get(b, "") for b in self.lacking)
         other = r"(?:[^\w\s]|[_\x1c-\x1f])*"
@@ -62,14 +71,20 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path):
         """From a directory; InputError names whatever could not be reproduced exactly."""
-        return cls(path)
+        try:
+            return cls(path)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            require(isinstance(e, InputError), path, f"its tokenizer cannot be read: {e!r}")
+            raise
 
     def encode(self, text):
         text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
+        # some 500,000 overflow the stack of the split pattern
+        require(not re.search(r"(?<!\s)\s{300000}", text), "text", "300,000 blanks in a row")
         for i, part in enumerate(self.lossy.split(text) if self.lone.search(text) else [text]):
             if i % 3 < 2:
                 ids += self.bpe.encode_ordinary(part)
-            elif piece := part.encode().translate(None, self.lacking):
+            elif piece := part.encode(errors="replace").translate(None, self.lacking):
                 ids += self.bpe._encode_single_piece(piece)
         return ids
 
@@ -115,8 +130,6 @@ def read_bpe(path):
         whole = bpe.get("ignore_merges") and not cut and BYTE_OF.keys() >= set(token)
         require(whole, file, f"token {token!r} that no merge makes")
     ranks = {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
-    for b in [*range(0xC0), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
-        require(bytes([b]) in ranks or b in MAY_LACK and not own, file, f"no byte {b:#x}")
     post = sum((step.get("single", []) for step in steps("post_processor", "processors")), [])
     single = " ".join(kind for part in post for kind in part)
     require(single in ("", "Sequence", "SpecialToken Sequence"), file, f"post_processor {single}")
@@ -129,9 +142,7 @@ def read_llama3(path):
         pairs = filter(None, map(bytes.split, (path / "tokenizer.model").open("rb")))
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (OSError, ValueError):
-        expected = (
-            "expected tokenizer.json or Llama 3's tokenizer.model (SentencePiece is not read)"
-        )
+        expected = "expected tokenizer.json or Llama 3's tokenizer.model (not of SentencePiece)"
         raise InputError(f"{path}: {expected}") from None
     other = [f"reserved_special_token_{i}" for i in range(251)]
     names = ["begin_of_text", "end_of_text", *other[:4], "start_header_id", "end_header_id"]
@@ -180,24 +191,27 @@ def encode(pieces, tokenizer):
 FORMATS = ("prompt completion", "instruction input output", "instruction context response")
 
 
-def example_pieces(example, where, tokenizer, template):
+def example_pieces(example, tokenizer, template):
     """The pieces of one example in any accepted form; InputError says what is wrong with it."""
-    require(isinstance(example, dict), where, f"expected an object, not {type(example).__name__}")
+    require(isinstance(example, dict), "expected an object", f"got {type(example).__name__}")
     form = next((form for form in FORMATS if form.split()[-1] in example), "")
     if "messages" in example:
         form, messages = "system user assistant", example["messages"]
         listed = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-        require(listed, where, '"messages" must list objects')
+        require(listed, "messages", "expected a list of objects")
         turns = [(m.get("role"), m.get("content")) for m in messages]
-        require("assistant" in [role for role, _ in turns], where, "no assistant message to learn")
+        roles = [role for role, _ in turns]
+        answered = "assistant" in roles and roles[0] != "assistant"
+        require(answered, "messages", f"no answer, or nothing before it, in {roles!r:.80}")
     else:
-        require(form, where, f"expected messages, or {', or '.join(FORMATS)}")
+        require(form, "expected", f"messages, or {', or '.join(FORMATS)}")
         values = {key: value for key, value in example.items() if value is not None}
         turns = [(key, ({"input": "", "context": ""} | values).get(key)) for key in form.split()]
     for key, text in turns:
         known = key in form.split() and isinstance(text, str)
-        require(known, where, f"expected texts of {form}, got {key!r}: {text!r:.40}")
-        require(not re.search("[\ud800-\udfff]", text), where, "half of a surrogate pair in a text")
+        require(known, "expected", f"texts of {form}, got {key!r}: {text!r:.40}")
+        require(not re.search("[\0\ud800-\udfff]", text), key, "a NUL or half a surrogate pair")
+        require(text.strip() or key != form.split()[-1], key, "an empty response")
     *question, answer = (text for _, text in turns)
     if form == "prompt completion":
         joint = "" if re.search(r"^$|\s$", question[0]) or answer[:1].isspace() else " "
@@ -207,29 +221,41 @@ def example_pieces(example, where, tokenizer, template):
     return render(turns, tokenizer, template)
 
 
-def read_file(file):
-    """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not."""
+def read_file(file, bad=None):
+    """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not. Given a
+    list `bad`, what is wrong with a line is appended to it, and the next one read."""
     where, name = str(file), str(file).removesuffix(".gz")
     require(name.endswith((".jsonl", ".json")), file, "expected .jsonl or .json, or these with .gz")
     try:
         with (open if name == where else gzip.open)(file, "rb") as stream:
             if name.endswith(".json"):
-                values = json.loads(stream.read().decode("utf-8-sig"))
+                content = stream.read(2**28)
+                require(len(content) < 2**28, "too long", "over 256 MB, write it as .jsonl")
+                values = parse(content)
                 require(isinstance(values, list), "JSON", "expected one array of examples")
                 yield from ((f"{file}, item {i}", value) for i, value in enumerate(values, 1))
             else:
-                for i, line in enumerate(stream, 1):
+                for i, line in enumerate(iter(lambda: stream.readline(2**24), b""), 1):
                     where = f"{file}, line {i}"
-                    if text := line.decode("utf-8-sig").strip():
-                        yield where, json.loads(text)
+                    try:
+                        require(len(line) < 2**24, "too long", "over 16 MB, expected an example")
+                        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                            yield where, parse(line)
+                    except (ValueError, RecursionError) as e:
+                        if bad is None:
+                            raise
+                        bad.append(f"{where}: {e}")
+                    while line and line[-1:] != b"\n":  # the rest of one that is too long
+                        line = stream.readline(2**24)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         raise InputError(f"{where}: {e}") from None
 
 
-# A padded micro-batch: tokens [B, T] with 0 on the right; of its N response tokens index [N], where
-# in the [B * T] hidden states each is predicted (one position before it), targets [N] and where [N]
-# they stand in the flat arrays of Examples; all int64. n_tokens is without padding.
-Batch = namedtuple("Batch", "tokens index targets where n_tokens")
+# A micro-batch of documents end to end, T tokens in all, without padding: tokens [1, T], positions
+# [1, T] of each in its document, documents (ends [n + 1] int32, longest); of its N response tokens
+# index [N], where in the hidden states each is predicted (one position before it), targets [N] and
+# where [N] they stand in the flat arrays of Examples. int64 but for ends.
+Batch = namedtuple("Batch", "tokens positions documents index targets where")
 
 
 @dataclass
@@ -248,30 +274,41 @@ class Examples:
         offsets = np.cumsum([0, *np.diff(self.offsets)[rows]])
         return Examples(self.tokens[take], offsets, self.response[take])
 
-    def batches(self, rows, micro_tokens):
-        """The examples `rows` in micro-batches of at most micro_tokens tokens with padding (a
-        longer example goes alone), sorted by length so that there is little padding."""
+    def micro_batches(self, rows, micro_tokens):
+        """`rows` cut into a list of arrays of rows, of at most micro_tokens tokens each (a longer
+        example goes alone), longest first: neighbours of one length share their attention."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         order = np.argsort(-lengths, kind="stable")
-        rows, lengths = rows[order], lengths[order]
-        while len(rows):
-            T = lengths[0]
-            B = max(1, micro_tokens // T)
-            real = np.arange(T) < lengths[:B, None]  # [B, T]
-            where = np.where(real, self.offsets[rows[:B], None] + np.arange(T), 0)
-            tokens = np.where(real, self.tokens[where], 0)
-            response = real & self.response[where]
-            arrays = tokens, np.flatnonzero(response) - 1, tokens[response], where[response]
-            yield Batch(*(torch.from_numpy(a.astype(np.int64)) for a in arrays), int(real.sum()))
-            rows, lengths = rows[B:], lengths[B:]
+        ends, cuts = np.cumsum(lengths[order]), [0]
+        while cuts[-1] < len(rows):
+            done = ends[cuts[-1] - 1] if cuts[-1] else 0
+            cuts.append(max(cuts[-1] + 1, np.searchsorted(ends, done + micro_tokens, "right")))
+        return np.split(rows[order], cuts[1:-1]) if len(rows) else []
+
+    def batch(self, rows):
+        """The Batch of these rows."""
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        ends = np.cumsum([0, *lengths])
+        positions = np.arange(ends[-1]) - ends[:-1].repeat(lengths)  # [T]
+        where = starts.repeat(lengths) + positions
+        tokens, response = self.tokens[where].astype(np.int64), self.response[where]
+        arrays = tokens, positions, np.flatnonzero(response) - 1, tokens[response], where[response]
+        tokens, positions, *rest = map(torch.from_numpy, arrays)
+        documents = torch.from_numpy(ends.astype(np.int32)), int(lengths.max())
+        return Batch(tokens[None], positions[None], documents, *rest)
 
 
-def tokenize(examples, tokenizer, template, max_len):
+def tokenize(examples, tokenizer, template, max_len, bad=None):
     """Examples of pairs (where, example), each cut to max_len tokens. One whose whole response is
     cut off is skipped and counted. A first token, predicted from nothing, is no response."""
     tokens, response, ends, skipped = array("i"), bytearray(), array("q", [0]), 0
     for where, example in examples:
-        ids, mask = encode(example_pieces(example, where, tokenizer, template), tokenizer)
+        try:
+            ids, mask = encode(example_pieces(example, tokenizer, template), tokenizer)
+        except (InputError, RecursionError) as e:
+            require(bad is not None, where, e)
+            bad.append(f"{where}: {e}")
+            continue
         mask = [False, *mask[1:max_len]]
         skipped += not any(mask)
         if any(mask):
@@ -283,10 +320,13 @@ def tokenize(examples, tokenizer, template, max_len):
     return Examples(*(np.array(a, t) for a, t in ((tokens, "i4"), (ends, "i8"), (response, "?"))))
 
 
-def read_examples(files, tokenizer, template, max_len):
+def read_examples(files, tokenizer, template, max_len, skip_bad=False):
     """The examples of all files, in order."""
-    pairs = (pair for file in files for pair in read_file(file))
-    examples = tokenize(pairs, tokenizer, template, max_len)
+    bad = [] if skip_bad else None
+    pairs = (pair for file in files for pair in read_file(file, bad))
+    examples = tokenize(pairs, tokenizer, template, max_len, bad)
+    if bad:
+        print(f"{len(bad)} bad examples skipped, first {bad[0]}")
     require(len(examples), ", ".join(map(str, files)), "no example to use")
     return examples
 

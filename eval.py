@@ -5,9 +5,11 @@ as lm-evaluation-harness 0.4.13 does (for tydiqa: as the paper's script does).
     python eval.py --model out/forget --task boolq --data val.jsonl --out boolq.jsonl
     python eval.py --model out/forget --task tydiqa --data english.json --demos one-shot.json
     python eval.py --compare a.jsonl b.jsonl
+    python eval.py --report out                      # writes out/report.html; --example 17 prints
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -20,17 +22,20 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial, reduce
+from html import escape
+from itertools import product
 from operator import or_
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import TEMPLATES, Tokenizer, encode, read_examples, read_file, render, tokenize
+from data import TEMPLATES, Tokenizer, World, encode, read_examples, read_file, render, tokenize
 from forget import token_nll
-from model import InputError, Transformer, read_json, require
+from model import InputError, Transformer, load_tensors, read_json, require
 
 # --- command line --------------------------------------------------------------------------------
 
@@ -65,8 +70,18 @@ def parse_settings(kind, argv, description, special=(), clashes=lambda given: ()
     return given
 
 
+def keep_freed_memory():
+    """glibc gives a freed block above 128 KiB back to the system, and a new one costs a page fault
+    for every 4 KiB: a quarter of a training step on a CPU. Keep them instead."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
+
+
 def exit_status(main, argv):
     """Run a command line: bad input ends in a line on stderr, never in a traceback."""
+    keep_freed_memory()
     try:
         main(argv)
         return 0
@@ -79,8 +94,13 @@ def exit_status(main, argv):
         status, message = 1, f"out of memory, lower --micro_tokens: {str(e).splitlines()[0]}"
     except (FloatingPointError, OSError) as e:
         status, message = 1, e
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {visible(' '.join(str(message)[:1000].split()))}", file=sys.stderr)
     return status
+
+
+def visible(text):
+    """Text whose control characters, which could drive a terminal, stand as Python writes them."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
 
 def pick(device, dtype):
@@ -89,7 +109,8 @@ def pick(device, dtype):
     if device == "auto":
         device = torch.accelerator.current_accelerator() or "cpu"
     try:
-        device = torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=device)
+        device, _ = probe.device, probe.item()  # meta holds no values
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {device}: {str(e).splitlines()[0]}") from None
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -118,8 +139,10 @@ def batches(lengths, micro_tokens):
 def response_nll(model, batch):
     """nll [N] float32 of the response tokens of a Batch under teacher forcing; differentiable."""
     device = model.head_weight.device
-    hidden = model.hidden(batch.tokens.to(device)).flatten(0, 1)  # [B * T, C]
-    hidden = hidden[batch.index.to(device)]  # [N, C]: the head sees no prompt and no padding
+    documents = batch.documents[0].to(device), batch.documents[1]
+    places = batch.tokens.to(device), batch.positions.to(device)
+    hidden = model.hidden(*places, documents=documents)[0]  # [T, C]
+    hidden = hidden[batch.index.to(device)]  # [N, C]: the head sees no prompt
     return token_nll(hidden, model.head_weight, batch.targets.to(device))
 
 
@@ -127,8 +150,8 @@ def response_nll(model, batch):
 def examples_nll(model, examples, micro_tokens):
     """nll [total] float32 on the CPU of every response token of Examples, 0 elsewhere."""
     nll = torch.zeros(len(examples.tokens))
-    for rows in batches(np.diff(examples.offsets), micro_tokens):
-        (batch,) = examples.batches(rows, micro_tokens)
+    for rows in examples.micro_batches(np.arange(len(examples)), micro_tokens):
+        batch = examples.batch(rows)
         nll[batch.where] = response_nll(model, batch).cpu()
     return nll
 
@@ -168,7 +191,7 @@ def loglikelihoods(model, tokenizer, items, micro_tokens):
     """For each item, [2, continuations] float64: the log-likelihoods of its continuations, and how
     many tokens of each are not the likeliest."""
     head_weight, counts = model.head_weight, [len(one["continuations"]) for one in items]
-    rows = pack(tokenizer, items, model.cfg.raw.get("max_position_embeddings", 2048))
+    rows = pack(tokenizer, items, model.cfg.max_position_embeddings)
     sums = torch.zeros(2, 1 + sum(counts), dtype=torch.float64)
     for batch in batches([len(row) for row in rows], micro_tokens):
         padded = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)
@@ -322,6 +345,7 @@ def tydiqa(file, s, tokenizer):
             start += f"{shown(demo, *words)} {demo['answers'][0]['text']}"
         for example in examples:
             context, gold = start + shown(example, *words), [a["text"] for a in example["answers"]]
+            require(all(isinstance(text, str) for text in gold), "expected", f"texts, not {gold}")
             prompt = default_ids(tokenizer, context)
             yield item(context, [], gold, language=name, prompt=prompt)
 
@@ -507,6 +531,232 @@ def compare(*files):
             yield result | {"p": min(1.0, 2 * tail / 2 ** (up + down))}
 
 
+# --- report --------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark } b { font-weight: normal } figure { margin: 0 }
+body { font: 16px/1.6 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 0 1rem 7rem }
+h2 { margin-top: 2.5rem } section { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
+pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+i { font-style: normal; color: color-mix(in srgb, CanvasText 65%, Canvas) }
+[data-t]:hover::after, [data-t]:focus::after { content: attr(data-t); position: fixed; inset: auto 0
+  0 0; padding: .5rem 1rem; background: CanvasText; color: Canvas }
+table { display: block; overflow: auto } td { padding-right: 1rem; white-space: nowrap }
+section > :only-child { grid-column: 1 / -1 }
+svg { width: 100%; font-size: 12px; stroke-width: 1.5; stroke-linecap: round; fill: none }
+text { fill: CanvasText } .x { text-anchor: middle } .y { text-anchor: end }
+"""
+LEGEND = """Each token of a response is coloured by its influence, its nll under the base model less
+that under the reference model. <b style=background:#2f7ed880>Blue</b>: the reference improved on
+it; <b style=background:#d95f0280>orange</b>: it got worse. <u>Underlined</u>: the negative tokens,
+which are ignored or forgotten. <i>Grey</i>: the prompt. Hover over a token or tap it for its
+numbers. · is a space, ⏎ a line break, ⇥ a tab, ⟦a control token⟧, \\x.. bytes of half a character.
+"""
+# the first two suit the colour-blind; all suit light and dark pages
+COLOURS = {"positive": "#2f7ed8", "negative": "#d95f02", "forget": "#2f7ed8", "sft": "#d95f02"}
+COLOURS |= {"ignore": "#1b9e77", "ref": "#888888"}
+CURVES = {"pos_nll": ("Loss on P", "nats a token"), "neg_nll": ("Loss on N", "nats a token")}
+CURVES |= {"lam": ("Weight of forgetting", "λ"), "lr": ("Learning rate", "lr")}
+CURVES |= {"grad_norm": ("Gradient norm", "before clipping"), "tokens_per_s": ("Speed", "tokens/s")}
+MARKS = {" ": "·", "\n": "⏎", "\t": "⇥"}
+
+
+def spread(metric):
+    """Mean ± standard deviation, which a single run has not."""
+    numbers = (metric[key] for key in ("mean", "std") if metric[key] is not None)
+    return " ± ".join(f"{number:.3f}" for number in numbers)
+
+
+def read_run(out):
+    """What a finished run left in `out`: summary, settings, table, tokenizer, curves {log key:
+    {stage: [(step, value), ...]}} and the flat arrays of scores.safetensors, with influence, its
+    strength (0 to 1) and rank (1 = highest); count [n] is the response tokens of each example."""
+    try:
+        run = SimpleNamespace(summary=read_json(out / "summary.json"))
+        run.settings, run.curves = run.summary["settings"], {key: {} for key in CURVES}
+        table = run.summary.pop("table")
+        run.table = {name: {k: spread(m) for k, m in row.items()} for name, row in table.items()}
+        for (_, step), key in product(read_file(out / "log.jsonl"), CURVES):
+            point = float(step["step"]), float("nan" if step[key] is None else step[key])
+            known = math.isfinite(point[1]) and (step["n_neg"] or key != "neg_nll")
+            if known and step["stage"] in COLOURS:  # the world's base is not
+                run.curves[key].setdefault(step["stage"], []).append(point)
+        for name, tensor in load_tensors(out / "scores.safetensors")[0].items():
+            setattr(run, name, tensor.numpy())
+        run.response, run.positive = run.response > 0, run.positive > 0
+        run.influence, run.rank = run.nll_base - run.nll_ref, np.zeros_like(run.tokens)
+        order = np.argsort(-run.influence[run.response], kind="stable")  # as in partition
+        run.rank[np.flatnonzero(run.response)[order]] = np.arange(1, len(order) + 1)
+        fit = len(run.tokens) == len(run.positive) == run.offsets[-1]
+        require(fit and np.isfinite(run.influence).all(), "scores.safetensors", "damaged")
+        scale = np.percentile(np.abs(run.influence[run.response]), 95) or 1  # has the full colour
+        run.strength = np.minimum(1, np.abs(run.influence) / scale)
+        run.count = np.add.reduceat(run.response, run.offsets[:-1], dtype=int)
+        # the model may have moved, but every method's checkpoint holds the tokenizer
+        homes = [home for name in run.settings["methods"] if (home := out / name).exists()]
+        homes.append(run.settings["model"] or out / "base")
+        run.tokenizer = Tokenizer.from_pretrained(homes[0])
+        run.tokenizer.bpe.decode(np.flatnonzero(np.bincount(run.tokens)))  # has all of them
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"{out}: expected a finished run of train.py: {e}") from None
+    return run
+
+
+def shown(run, token):
+    """The text of a token, with marks for white space and escapes for all else that cannot be
+    seen: a terminal must not obey the data."""
+    text = run.tokenizer.bpe.decode_single_token_bytes(int(token)).decode(errors="backslashreplace")
+    text = "".join(MARKS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
+    return f"⟦{text}⟧" if token in run.tokenizer.control.values() else text
+
+
+def print_example(run, i):
+    """Print one example of D_train in 256 colours."""
+    shades = (230, 223, 216, 209, 208), (195, 153, 117, 75, 39)
+    require(i < len(run.offsets) - 1, "--example", f"{i} is not from 0 to {len(run.offsets) - 2}")
+    for t in range(*run.offsets[i : i + 2]):
+        style = "\033[38;5;244m"
+        if run.response[t]:
+            shade = shades[int(run.influence[t] > 0)][int(4.99 * run.strength[t])]
+            style = f"\033[{'' if run.positive[t] else '4;'}30;48;5;{shade}m"
+        text = shown(run, run.tokens[t]).replace("⏎", f"⏎\033[0m\n{style}")
+        print(f"{style}{text}", end="\033[0m")
+    print("\n\nblue: the reference model improved; orange: it got worse; underlined: negative")
+
+
+def example_html(run, i):
+    """One example of D_train: at most the last 64 tokens of its prompt, and 320 in all."""
+    begin, end = run.offsets[i : i + 2]
+    start = max(begin, begin + run.response[begin:end].argmax() - 64)
+    stop = min(end, start + 320)
+    n, n_pos, total = run.count[i], run.positive[begin:end].sum(), run.count.sum()
+    html = f"<strong>Example {i}</strong>, {n - n_pos} of {n} negative, tokens {start - begin} to "
+    html += f"{stop - begin} of {end - begin}\n"
+    for t in range(start, stop):
+        name, x = escape(shown(run, run.tokens[t])), run.influence[t]
+        text = name.replace("·", "<wbr>·").replace("⏎", "⏎\n")  # where a line may end, or does
+        if run.response[t]:
+            text = text if run.positive[t] else f"<u>{text}</u>"
+            facts = f"{name} — nll {run.nll_base[t]:.3f} base, {run.nll_ref[t]:.3f} reference — "
+            facts += f"influence {x:.3f} — rank {run.rank[t]:,} of {total:,}"
+            colour = COLOURS["positive" if x > 0 else "negative"]
+            colour += f"{int(150 * run.strength[t]):02x}"  # opacity
+            html += f'<b style=background:{colour} tabindex=0 data-t="{facts}">{text}</b>'
+        else:
+            html += f"<i>{text}</i>"
+    return f"<pre>{html}</pre>"
+
+
+def table_html(head, rows):
+    cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in (head, *rows))
+    return "<table>" + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table>"
+
+
+def stairs(name, values, edges):
+    """A histogram as a line of chart: 0, each count twice, 0."""
+    return name, np.repeat(edges, 2), np.pad(np.histogram(values, edges)[0].repeat(2), 1)
+
+
+def ticks(low, size):
+    """Two to six round numbers from low to low + size."""
+    step = 10.0 ** math.floor(math.log10(size))
+    step *= next(part for part in (0.2, 0.5, 1, 2) if size <= 5 * step * part)
+    return step * np.arange(math.ceil(low / step), math.floor((low + size) / step) + 1)
+
+
+def chart(title, y_label, x_label, lines, mark=math.inf):
+    """An SVG of lines [(name, x [n], y [n]), ...] on axes that hold 0, of more than 200 points the
+    means of neighbours. A dashed line stands at x = mark."""
+    x, y = (np.concatenate([[0], *(line[k] for line in lines)]) for k in (1, 2))
+    left, low, width, height = x.min(), y.min(), np.ptp(x) or 1, np.ptp(y) or 1
+
+    def at(x, y):
+        return f"{56 + 296 * (x - left) / width:.1f} {178 - 150 * (y - low) / height:.1f}"
+
+    svg, legend = f"<text x=2 y=14>{y_label}</text><text x=204 y=214 class=x>{x_label}</text>", {}
+    for t in ticks(low, height):
+        svg += f'<path stroke="#8885" d="M{at(left, t)}h296"/>'
+        svg += f'<text transform="translate({at(left, t)})" x=-6 y=4 class=y>{t:,.6g}</text>'
+    for t in ticks(left, width):
+        svg += f'<text transform="translate({at(t, low)})" y=18 class=x>{t:,.6g}</text>'
+    for name, *xy in lines:
+        x, y = ([v.mean() for v in np.array_split(a, min(len(a), 200))] for a in xy)
+        svg += f'<path stroke="{COLOURS[name]}" d="M{" ".join(map(at, x, y))}h0"/>'
+        legend[name] = f"<span style=color:{COLOURS[name]}>■</span> {name} "
+    if left <= mark <= left + width:
+        svg += f'<path stroke="#888" stroke-dasharray="5 4" d="M{at(mark, low)}v-150"/>'
+    head = f"<figure><strong>{title}</strong><br>{''.join(legend.values())}"
+    return f'{head}<svg viewBox="0 0 376 220" role=img aria-label="{title}">{svg}</svg></figure>'
+
+
+def partition_html(run):
+    """Which tokens are negative: by influence, place in the response, example and token; and in the
+    embedded world, whether they are the wrong ones."""
+    s, flat = run.settings, (run.influence, run.positive, run.tokens)
+    influence, positive, tokens = (array[run.response] for array in flat)
+    masks = {"negative": ~positive, "positive": positive}
+    within = influence.clip(*np.percentile(influence, (0.1, 99.9)))  # outliers go to the ends
+    edges = np.linspace(within.min(), within.max(), 61)
+    lines = [stairs(name, within[mask], edges) for name, mask in masks.items()]
+    threshold = influence[positive].min(initial=math.inf)
+    title = f"Influence, dashed: the threshold for rho {s['rho']}"
+    yield chart(title, "tokens", "nats", lines, threshold)
+    place = np.arange(len(tokens)) - np.repeat(np.cumsum(run.count) - run.count, run.count)
+    last = int(np.percentile(place, 99)) + 1  # few responses are longer
+    share = np.bincount(place, ~positive)[:last] / np.bincount(place)[:last]
+    lines = [("negative", np.arange(1, last + 1), share)]
+    yield chart("Negatives by position", "share of tokens", "place in the response", lines)
+    share = 1 - np.add.reduceat(run.positive, run.offsets[:-1], dtype=int) / run.count
+    lines = [stairs("negative", share, np.linspace(0, 1, 21))]
+    yield chart("Negatives by example", "examples", "share of its tokens", lines)
+    counts = [np.bincount(tokens[m], minlength=tokens.max() + 1) for m in masks.values()]
+    for name, n in zip(masks, counts):
+        often = [t for t in np.argsort(-n, kind="stable")[:15] if n[t]]
+        rows = [[shown(run, t), *(n[t] for n in counts)] for t in often]
+        yield table_html([f"most often {name}", *masks], rows)
+    if not s["model"]:
+        told = World(s["seed"]).split(s["seed"], s["noise"])["told"]
+        wrong = np.pad(told, ((0, 0), (0, 1))).ravel()  # of each response token; ends are right
+        kinds, order = {"wrong": wrong, "right": ~wrong}, np.argsort(influence)
+        y, x = (np.cumsum(kind[order]) / max(1, kind.sum()) for kind in kinds.values())
+        line = "negative", x, y
+        yield chart("ROC of low influence", "share of wrong tokens", "share of right ones", [line])
+        rows = [[name, *((kind & m).sum() for m in masks.values())] for name, kind in kinds.items()]
+        yield table_html(["the truth", *masks], rows)
+
+
+def write_report(out):
+    """Write out/report.html, one page that needs nothing else, from a finished run in `out`."""
+    run, parts = read_run(out), {}
+    sums = np.add.reduceat(run.influence, run.offsets[:-1])
+    order = np.argsort(sums / run.count, kind="stable")
+    picks = {"lowest mean influence": order, "highest mean influence": order[::-1]}
+    picks["at random"] = np.random.default_rng(0).permutation(order)
+    for name, rows in picks.items():
+        title = f"Six of {len(order):,} examples: {name}"
+        parts[title] = [example_html(run, i) for i in rows[:6]]
+    parts["Which tokens are negative"] = partition_html(run)
+    parts["Training"] = []
+    for key, stages in run.curves.items():
+        lines = [(stage, *np.array(points).T) for stage, points in stages.items()]
+        parts["Training"].append(chart(*CURVES[key], "step", lines))
+    head = dict.fromkeys(metric for row in run.table.values() for metric in row)
+    rows = [[name, *(row.get(metric, "") for metric in head)] for name, row in run.table.items()]
+    title = "Results, mean ± standard deviation over repeats (all else is of the first)"
+    parts[title] = [table_html(["", *head], rows)]
+    parts["Settings"] = [f"<pre>{escape(json.dumps(run.summary, indent=1))}</pre>"]
+    body = (f"<h2>{k}</h2>\n<section>{''.join(v)}</section>\n" for k, v in parts.items())
+    page = f"""<!doctype html><html lang=en><head><meta charset=utf-8><title>Report</title>
+<meta name=viewport content="width=device-width"><style>{STYLE}</style></head><body>
+<h1>Which tokens to forget</h1><p>{LEGEND}</p>{"".join(body)}</body></html>"""
+    (out / "report.html").write_text(page, "utf-8", "backslashreplace")
+    print(f"\nwrote {out / 'report.html'}")
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
 @dataclass
 class Settings:
     model: str = opt("", "checkpoint directory")
@@ -517,6 +767,8 @@ class Settings:
     limit: float = opt(0.0, "first items of a file; below 1 a share of them; 0 = all", 0, 1e9)
     out: str = opt("", "file for a JSON line an item")
     compare: list[str] = opt([], "two files written by --out: second minus first")
+    report: str = opt("", "directory of a finished run of train.py: write its report.html")
+    example: int = opt(-1, "--report: print this example of D_train (from 0) instead", -1, 10**9)
     samples: int = opt(8, "diversity: answers to each prompt", 2, 10**6)
     max_new: int = opt(256, "most tokens of an answer (tydiqa: 50)", 1, 10**6)
     temperature: float = opt(-1.0, "of sampling; 0 = greedy; -1 = 1 for diversity, else 0", -1, 1e3)
@@ -535,10 +787,16 @@ def main(argv):
         require(len(s.compare) == 2, "--compare", "expected two files")
         print(*map(json.dumps, compare(*s.compare)), sep="\n")
         return
+    if s.report:
+        if s.example < 0:
+            return write_report(Path(s.report))
+        return print_example(read_run(Path(s.report)), s.example)
     usage = "--model DIR and --prompt TEXT, or --task NAME ... and its --data FILE ..."
     require(s.model and (s.prompt or s.task and s.data), "expected", usage)
     files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
     require(s.prompt or len(files) == len(s.task), "--data", "expected one entry for each task")
+    sensible = s.temperature >= 0 or s.temperature == -1
+    require(sensible, "--temperature", f"{s.temperature} is neither -1 nor from 0 up")
     device, dtype = pick(s.device, s.dtype)
     clash = s.out and any(Path(s.out) == Path(file) for some in files for file in some)
     require(not clash, "--out", f"{s.out} is a data file")
@@ -549,7 +807,7 @@ def main(argv):
     if s.prompt:
         turns = [("user", s.prompt), ("assistant", None)]
         ids, _ = encode(render(turns, tokenizer, s.template), tokenizer)
-        print(*say(s, model, tokenizer, [ids], s.max_new, s.temperature))
+        print(*map(visible, say(s, model, tokenizer, [ids], s.max_new, s.temperature)))
         return
     with open(s.out or os.devnull, "w") as out:
         for task, some in zip(s.task, files):

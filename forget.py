@@ -12,32 +12,63 @@ This file needs torch alone: copy it.
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
-def token_nll(hidden, head_weight, targets, chunk=512):
+def token_nll(hidden, head_weight, targets, chunk=256):
     """Negative log-likelihood of each target, -log softmax(hidden @ head_weight.T)[target], in
     nats.
 
     hidden [N, d] are the final hidden states at the positions that *predict* the N response tokens,
     head_weight [V, d] the output head in any float dtype, targets [N] int64 token ids (no -100:
     leave such positions out). Returns [N] float32. Matrix products run in the dtype of `hidden`,
-    all else in float32. Only `chunk` rows of the N x V logits exist at a time: backward computes
-    them again.
+    all else in float32. Only `chunk` rows of the N x V logits exist at a time.
     """
     if hidden.shape[:1] != targets.shape or hidden.shape[1:] != head_weight.shape[1:]:
         shapes = f"{list(hidden.shape)}, {list(head_weight.shape)}, {list(targets.shape)}"
         raise ValueError(f"token_nll: expected shapes [N, d], [V, d], [N], got {shapes}")
-    # a head that trains sums its gradient over chunks: in float32, whatever its dtype
-    weight = head_weight.float() if head_weight.requires_grad else head_weight
+    return TokenNLL.apply(hidden, head_weight, targets, chunk)
 
-    def chunk_nll(hidden, targets):
-        logits = hidden @ weight.to(hidden.dtype).T  # [chunk, V]
-        return F.cross_entropy(logits.float(), targets, reduction="none")
 
-    chunks = zip(hidden.split(chunk), targets.split(chunk))
-    recompute = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(chunk_nll, h, t, **recompute) for h, t in chunks])
+class TokenNLL(torch.autograd.Function):
+    """The gradient of a token's nll by its hidden state is (softmax(logits) - onehot) @ W, and
+    backward scales it by one number a token. With a frozen head W it is computed in the forward
+    pass, from logits at hand; with a head that trains, backward computes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, head_weight, targets, chunk):
+        W, nll, grad = head_weight.to(hidden.dtype), [], []
+        frozen_head = hidden.requires_grad and not head_weight.requires_grad
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = (h @ W.T).float()  # [chunk, V]
+            nll.append(F.cross_entropy(logits, t, reduction="none"))
+            if frozen_head:
+                grad.append(grad_logits(logits, t).to(W.dtype) @ W)
+        kept = (torch.cat(grad),) if frozen_head else (hidden, head_weight, targets)
+        ctx.save_for_backward(*kept)
+        ctx.chunk = chunk
+        return torch.cat(nll)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # [N]
+        if len(ctx.saved_tensors) == 1:
+            (grad,) = ctx.saved_tensors
+            return grad * g[:, None].to(grad.dtype), None, None, None
+        hidden, head_weight, targets = ctx.saved_tensors
+        W, grad = head_weight.to(hidden.dtype), []
+        grad_W = torch.zeros_like(head_weight, dtype=torch.float32)  # the sum over chunks
+        for h, t, g in zip(*(x.split(ctx.chunk) for x in (hidden, targets, g))):
+            by_logits = (grad_logits((h @ W.T).float(), t) * g[:, None]).to(W.dtype)
+            grad.append(by_logits @ W)
+            grad_W += by_logits.T @ h
+        return torch.cat(grad), grad_W.to(head_weight.dtype), None, None
+
+
+def grad_logits(logits, targets):
+    """softmax(logits) - onehot(targets), [N, V]"""
+    p = logits.softmax(-1)
+    p[torch.arange(len(p), device=p.device), targets] -= 1
+    return p
 
 
 def partition(influence, rho):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +21,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 DEFAULTS = {"model_type": None, "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 DEFAULTS |= {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+DEFAULTS |= {"max_position_embeddings": 2048}
+MOST = {"num_hidden_layers": 1000, "max_position_embeddings": 10**9}  # of the others: a million
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -37,10 +42,21 @@ def require(ok, source, problem):
         raise InputError(f"{source}: {problem}")
 
 
+def parse(content):
+    """The value of JSON in UTF-8, with or without a byte order mark; ValueError if it is none. If a
+    key stood twice in an object, which of its values counts would be a guess."""
+
+    def unique(pairs):
+        require(len(dict(pairs)) == len(pairs), "a key stands twice", f"{list(dict(pairs))!r:.80}")
+        return dict(pairs)
+
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+
+
 def read_json(path):
     """The object in a JSON file; InputError if there is none."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse(Path(path).read_bytes())
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
@@ -55,13 +71,13 @@ def read_config(raw, source="config.json"):
     cfg = SimpleNamespace(**dict.fromkeys(SIZES) | DEFAULTS | raw, raw=raw)
     require(cfg.model_type in FAMILIES, source, f"model_type is {cfg.model_type!r}, not {FAMILIES}")
     cfg.num_key_value_heads = raw.get("num_key_value_heads") or cfg.num_attention_heads
-    for name in (*SIZES, "num_key_value_heads"):
-        size = getattr(cfg, name)
-        require(type(size) is int and 0 < size < 10**7, source, f"{name} is {size!r}")
+    for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
+        size, most = getattr(cfg, name), MOST.get(name, 10**6)
+        require(type(size) is int and 0 < size <= most, source, f"{name} is {size!r}")
     H, K = cfg.num_attention_heads, cfg.num_key_value_heads
     require(H % K == 0, source, f"{K} key/value heads do not divide {H} heads")
     cfg.head_dim = D = raw.get("head_dim") or cfg.hidden_size // H
-    require(type(D) is int and D > 0 and D % 2 == 0, source, f"head_dim is {D!r}, not even")
+    require(type(D) is int and D in range(2, 10**6, 2), source, f"head_dim is {D!r}, not even")
     require(cfg.hidden_act == "silu", source, f"hidden_act is {cfg.hidden_act!r}, not silu")
     sliding = raw.get("use_sliding_window", cfg.model_type == "mistral")
     require(not (sliding and raw.get("sliding_window")), source, "sliding-window attention")
@@ -74,20 +90,20 @@ def read_config(raw, source="config.json"):
     cfg.rope["rope_theta"] = cfg.rope["rope_theta"] or 1e4
     needed = ("rope_theta", *LLAMA3) if kind == "llama3" else ("rope_theta",)
     numbers = {key: cfg.rope.get(key) for key in needed} | {"rms_norm_eps": cfg.rms_norm_eps}
-    odd = {k: v for k, v in numbers.items() if not isinstance(v, (int, float)) or v <= 0}
+    odd = {k: v for k, v in numbers.items() if not isinstance(v, (int, float)) or not 0 < v < 1e30}
     require(not odd, source, f"expected positive numbers, not {odd}")
     return cfg
 
 
 def rotary(positions, cfg, dtype):
-    """cos and sin [B or 1, 1, T, D] of the rotary angles at integer positions [B or 1, T]."""
+    """cos and sin [B or 1, T, 1, D] of the rotary angles at integer positions [B or 1, T]."""
     pairs = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=positions.device)
     freq = 1 / cfg.rope["rope_theta"] ** (pairs / cfg.head_dim)  # [D/2]
     if cfg.rope["rope_type"] == "llama3":  # slow long waves down, keep short ones, blend between
         factor, low, high, old_len = (cfg.rope[key] for key in LLAMA3)
         keep = ((old_len * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         freq = freq * (keep + (1 - keep) / factor)
-    angles = positions[:, None, :, None].float() * torch.cat([freq, freq])  # half-split layout
+    angles = positions[:, :, None, None].float() * torch.cat([freq, freq])  # half-split layout
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -101,6 +117,16 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def keep_mask(x, p):
+    """A random mask like x, 1 with probability 1 - p (to 1/65536), else 0: dropout without its
+    scale. On a CPU bernoulli_ draws one element at a time; this draws four, of 16 bits each."""
+    if x.device.type != "cpu":
+        return torch.empty_like(x).bernoulli_(1 - p)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()].ge_(round(p * 2**16) - 2**15)
+    return kept.view(x.shape).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -118,9 +144,44 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = F.linear(x, self.weight.to(x.dtype), bias)
         if self.lora_A is not None and self.adapter_on:
-            low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-            y = y + self.scaling * F.linear(low, self.lora_B.to(x.dtype))
+            p = self.dropout if self.training else 0
+            low = F.linear(x * keep_mask(x, p) if p else x, self.lora_A.to(x.dtype))
+            B = (self.scaling / (1 - p) * self.lora_B).to(x.dtype)
+            y = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.T).view(y.shape)
         return y
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v for q [B, T, H, D], k and v [B, S, K, D], in groups of H / K query
+    heads; causal, or with mask [B, 1, T, S]. Returns [B, T, H, D]."""
+    (B, T, H, D), K = q.shape, k.shape[2]
+    if mask is not None or T > 1024 or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        causal = {"is_causal": mask is None, "enable_gqa": H > K}
+        return F.scaled_dot_product_attention(q, k, v, mask, **causal).transpose(1, 2)
+    # CPU flash attention runs bf16 at a tenth of the rate of products: hold the T x T scores
+    q = (q * D**-0.5).view(B, T, K, -1, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, K, T, D]
+    scores = (q @ k.transpose(2, 3)).view(B, H, T, T)
+    scores += torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    y = scores.softmax(-1).view(B, K, -1, T) @ v  # [B, K, H / K * T, D]
+    return y.view(B, H, T, D).transpose(1, 2)
+
+
+def packed_attention(q, k, v, documents):
+    """Causal attention within each of the documents that lie end to end in q [1, T, H, D], k and v
+    [1, T, K, D]; documents = (ends [n + 1] int32, 0 first; longest)."""
+    ends, longest = documents
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        causal = {"window_size": (-1, 0), "enable_gqa": q.shape[2] > k.shape[2]}
+        return varlen_attn(q[0], k[0], v[0], ends, ends, longest, longest, **causal)[None]
+    parts, begin = [], 0
+    for length, run in groupby(ends.diff().tolist()):  # neighbours of one length go together
+        size = length * len(list(run))
+        some = (x[:, begin : begin + size].view(-1, length, *x.shape[2:]) for x in (q, k, v))
+        parts.append(attention(*some).reshape(1, size, *q.shape[2:]))
+        begin += size
+    return torch.cat(parts, dim=1)
 
 
 class Attention(nn.Module):
@@ -134,22 +195,20 @@ class Attention(nn.Module):
         self.o_proj = Linear(H * D, C, cfg.attention_bias)
         norm = RMSNorm if cfg.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = norm(D, cfg.rms_norm_eps), norm(D, cfg.rms_norm_eps)
-        self.head_dim, self.grouped = D, H > K
+        self.head_dim = D
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, mask, cache, documents):
         B, T, _ = x.shape
         split = (B, T, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)  # [B, K, T, D]
-        v = self.v_proj(x).view(split).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(self.q_norm(self.q_proj(x).view(split)), cos, sin)  # [B, T, H, D]
+        k = rotate(self.k_norm(self.k_proj(x).view(split)), cos, sin)  # [B, T, K, D]
+        v = self.v_proj(x).view(split)
         if cache is not None:
             if self in cache:
-                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache[self], (k, v)))
+                k, v = (torch.cat([old, new], dim=1) for old, new in zip(cache[self], (k, v)))
             cache[self] = k, v
-        causal = mask is None
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = packed_attention(q, k, v, documents) if documents else attention(q, k, v, mask)
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -171,8 +230,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cos, sin, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, *context):
+        x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -181,7 +240,7 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.dtype = cfg, torch.float32
+        self.cfg, self.dtype, self.checkpointing = cfg, torch.float32, False
         embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
         norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -192,20 +251,23 @@ class Transformer(nn.Module):
     def head_weight(self):  # [V, C]
         return (self.lm_head or self.model["embed_tokens"]).weight
 
-    def hidden(self, tokens, positions=None, mask=None, cache=None):
+    def hidden(self, tokens, positions=None, mask=None, cache=None, documents=None):
         """Tokens [B, T] to final hidden states [B, T, C]. positions [B, T] default to 0 ... T-1.
-        mask [B, 1, T, S] bool: which of the S cached and new tokens each token sees; without one:
-        causal (padding on the right needs none), no cached tokens. cache: a dict, filled here."""
+        mask [B, 1, T, S] bool: which of the S cached and new tokens each token sees; cache: a dict,
+        filled here; documents: see packed_attention, B is 1. Without any of these: causal."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.model["embed_tokens"](tokens).to(self.dtype)  # [B, T, C]
         cos, sin = rotary(positions, self.cfg, self.dtype)
         for layer in self.model["layers"]:
-            x = layer(x, cos, sin, mask, cache)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, cache, documents, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache, documents)
         return self.model["norm"](x)
 
-    def forward(self, tokens, positions=None, mask=None, cache=None):
-        hidden = self.hidden(tokens, positions, mask, cache)
+    def forward(self, tokens, *context):
+        hidden = self.hidden(tokens, *context)
         return F.linear(hidden, self.head_weight.to(hidden.dtype))  # [B, T, V]
 
     def init_weights(self, seed):
@@ -258,7 +320,9 @@ class Transformer(nn.Module):
             require(name in wanted, file, f"{name} is not a tensor of this model (config.json)")
             found = f"{name} is {tensor.dtype} {list(tensor.shape)}, expected float {wanted[name]}"
             require(tensor.is_floating_point() and list(tensor.shape) == wanted[name], file, found)
-            state[name] = tensor.to(device, dtype, copy=True)  # never a view of the file
+            state[name] = tensor = tensor.to(device, dtype, copy=True)  # never a view of the file
+            finite = torch.stack(tensor.aminmax()).isfinite().all()
+            require(finite, file, f"{name} holds NaN or infinity")
         missing = [name for name in wanted if name not in state]
         require(not missing, path, f"{len(missing)} tensors are missing, first {missing[:1]}")
         model.load_state_dict(state, assign=True)
@@ -325,7 +389,8 @@ def load_tensors(file):
         tensors = load_file(file)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{file}: damaged ({e}): delete it to make it anew") from None
-    whole = facts.pop("sha256", None) == digest(tensors, facts)
+    found = facts.pop("sha256", None)  # other programs write none
+    whole = found in (None, digest(tensors, facts))
     require(whole, file, "damaged (its sha256 is another): delete it to make it anew")
     return tensors, facts
 
@@ -338,10 +403,10 @@ def stored_tensors(path):
     files = {path / str(name) for name in shards.values()}
     require(all(f.parent == path for f in files), index, "a shard lies outside the directory")
     for file in sorted(files):
-        require(file.is_file(), file, "no such file (.bin, .pth and GGUF files are not read)")
         try:
+            require(file.is_file(), file, "no such file (.bin, .pth and GGUF files are not read)")
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no dict)
                     yield file, name, tensors.get_tensor(name)
-        except SafetensorError as e:
+        except (OSError, SafetensorError) as e:
             raise InputError(f"{file}: not a whole safetensors file: {e}") from None

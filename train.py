@@ -22,9 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
 from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
+from eval import write_report
 from forget import forgetting_loss, lam_at, partition
 from model import InputError, Transformer, load_tensors, publish, read_config, read_json, require
 from model import save_tensors, write_text
@@ -33,7 +35,8 @@ from model import save_tensors, write_text
 METHODS = ["sft", "ignore", "forget"]
 # What may change in a run that goes on: of files the content counts. The targets matter to ignore
 # (rho alone) and to forget: with another rho the scores stay, with another partition.
-HARMLESS = "out methods repeats micro_tokens device compile save_every model data ref_data".split()
+HARMLESS = "out methods repeats micro_tokens device compile activation_checkpointing".split()
+HARMLESS += ["save_every", "model", "data", "ref_data"]
 TARGETS = ["rho", "lambda_max", "lambda_min", "ascent"]
 
 
@@ -56,10 +59,11 @@ class Settings:
     weight_decay: float = opt(0.0, "AdamW weight decay, per step and lr", 0, 1e6)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", 0, 1e6)
     batch_size: int = opt(24, "sequences per optimizer step", 1, 10**9)
-    micro_tokens: int = opt(2048, "most tokens, with padding, in one forward pass", 1, 10**9)
+    micro_tokens: int = opt(0, "most tokens in a pass; 0 = 1024 on a CPU, else 8192", 0, 10**9)
     epochs: int = opt(1, "passes over the data", 1, 10**9)
     max_steps: int = opt(0, "most optimizer steps of a stage; 0 = no limit", 0, 10**9)
     max_len: int = opt(2048, "tokens; longer examples are cut", 2, 10**9)
+    skip_bad: bool = opt(False, "skip and count broken examples, where else the first one stops")
     template: str = opt("tulu", "chat format (tulu = published)", *TEMPLATES)
     noise: float = opt(0.4, "world: share of facts annotated with their myth", 0, 1)
     repeats: int = opt(5, "world: runs, each with names, noise and order of its own", 1, 10**6)
@@ -68,6 +72,7 @@ class Settings:
     device: str = opt("auto", "cpu, cuda, cuda:1 ...; auto = an accelerator if there is one")
     compile: bool = opt(None, "torch.compile the model; None = on a GPU only")
     save_every: int = opt(50, "steps from one saved state of training to the next", 1, 10**9)
+    activation_checkpointing: bool = opt(False, "keep less for backward, compute it again")
     out: str = opt("out", "directory for everything that is written")
 
 
@@ -85,7 +90,7 @@ STOP = {"in a step": False, "signal": 0}
 
 
 def on_signal(number, _):
-    """Ctrl-C or SIGTERM: a step of training is finished and its state saved first; twice, at once."""
+    """Ctrl-C or SIGTERM: a step of training is finished and its state saved; twice, at once."""
     if STOP["signal"] or not STOP["in a step"]:
         raise KeyboardInterrupt(number)
     STOP["signal"] = number
@@ -100,6 +105,11 @@ def progress(stage, step, steps, begun, text="", done=0):
         left = seconds / (step - done) * (steps - step)
         line = f"{stage:6s} {step}/{steps}  {text}  {left:.0f} s left"
         print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
+
+
+def processes():
+    """(rank of this process, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def lr_at(step, steps, lr, warmup):
@@ -124,10 +134,12 @@ def restore(live, folder, mark):
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         try:
             tensors, facts = load_tensors(file)
+            fits = {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in live.items()}
+            require(fits or facts.get("fingerprint") != mark, file, "damaged: other shapes")
         except InputError as e:
             print(f"{e}: looking for a state before it", file=sys.stderr)
             continue
-        require_same(folder, facts["fingerprint"], mark)
+        require_same(folder, facts.get("fingerprint", "{}"), mark)
         for name, tensor in live.items():
             tensor.copy_(tensors[name])
         print(f"  going on after step {facts['step']}")
@@ -162,29 +174,38 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
             live |= {f"{key} {name}": tensor for key, tensor in optimizer.state[p].items()}
             live[name] = p.detach()
     done, slot = restore(live, folder, mark)
-    log_file.touch()
-    lines = log_file.read_text().splitlines(keepends=True)
-    found = [re.match(r'\{"stage": "(\w+)", "step": (\d+),.*\}\n', line) for line in lines]
-    kept = [m[0] for m in found if m and (m[1] != stage or int(m[2]) <= done)]
-    write_text(log_file, "".join(kept))
+    rank, ranks = processes()
+    if rank == 0:
+        log_file.touch()
+        lines = log_file.read_text().splitlines(keepends=True)
+        found = [re.match(r'\{"stage": "(\w+)", "step": (\d+),.*\}\n', line) for line in lines]
+        kept = [m[0] for m in found if m and (m[1] != stage or int(m[2]) <= done)]
+        write_text(log_file, "".join(kept))
     model.train()
-    start, warned = time.perf_counter(), False
-    STOP["in a step"] = True
+    peak_flops = ranks * matmul_flops(device, model.dtype)
+    start, warned, STOP["in a step"] = time.perf_counter(), False, True
     order = enumerate(step_rows(len(data), s.batch_size, steps, s.seed))
     for step, rows in islice(order, done, None):
-        torch.manual_seed(s.seed * 1_000_003 + step)  # dropout, the same when a run goes on here
-        begun, batches = time.perf_counter(), list(data.batches(rows, s.micro_tokens))
+        begun = time.perf_counter()
+        batches = [data.batch(part) for part in data.micro_batches(rows, s.micro_tokens)]
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
         n_pos, n_neg = (sum(int(m[b.where].sum()) for b in batches) for m in (positive, negative))
         lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
         totals = torch.zeros(3, device=device)  # loss, nll over P, nll over N
-        for batch in batches:
+        for i, batch in list(enumerate(batches))[rank::ranks]:
+            # dropout depends on the micro-batch alone, not on who computes it or what went before
+            torch.manual_seed(int(np.random.default_rng([s.seed, step, i]).integers(2**63)))
             pos, neg = positive[batch.where].to(device), negative[batch.where].to(device)
             nll = response_nll(model, batch)  # [N]
             loss = forgetting_loss(nll, pos, neg, lam, n_pos, n_neg, s.ascent)
             loss.backward()
             by_sign = (torch.where(mask, nll, 0).sum() for mask in (pos, neg))
             totals += torch.stack([loss, *by_sign]).detach()
+        if ranks > 1:
+            for p in params:  # a process may have had no micro-batch
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for tensor in (totals, *(p.grad for p in params)):
+                dist.all_reduce(tensor)
         # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
         norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
         loss, pos_nll, neg_nll, norm = *totals.tolist(), float(norm)
@@ -197,19 +218,22 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        seconds, tokens = time.perf_counter() - begun, sum(b.n_tokens for b in batches)
+        seconds, tokens = time.perf_counter() - begun, sum(b.tokens.numel() for b in batches)
         record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
         record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
         record |= {"n_pos": n_pos, "n_neg": n_neg, "tokens": tokens, "seconds": seconds}
-        with log_file.open("a") as log:
-            log.write(json.dumps(record | {"tokens_per_s": tokens / seconds, "mfu": None}) + "\n")
+        record |= {"tokens_per_s": tokens / seconds}
+        record |= {"mfu": step_flops(model, batches) / seconds / peak_flops}
+        if rank == 0:
+            with log_file.open("a") as log:
+                log.write(json.dumps(record) + "\n")
         progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s", done)
-        # Beyond ln V, the nll of a uniform guess, N is unlearned, and what ascent still moves is all
-        # the rest: in the embedded world (ln V = 6.4) accuracy fell from about 6 nats on.
+        # Beyond ln V, the nll of a uniform guess, N is unlearned, and what ascent still moves is
+        # all the rest: in the embedded world (ln V = 6.4) accuracy fell from about 6 nats on.
         if not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
             warned = True
             print(f"\n{stage}: nll of {neg_nll:.1f} on N, worse than a guess: lower --lambda_max")
-        if STOP["signal"] or (step + 1) % s.save_every == 0:
+        if rank == 0 and (STOP["signal"] or (step + 1) % s.save_every == 0):
             publish(log_file, log_file)  # on the disk before the state that counts on it
             folder.mkdir(exist_ok=True)
             facts = {"step": str(step + 1), "fingerprint": mark}
@@ -221,6 +245,33 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
     model.eval()
 
 
+@cache
+def matmul_flops(device, dtype):
+    """Floating-point operations a second of a square product: the peak that mfu is measured by."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
+    for _ in range(5):
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * n**3 / best
+
+
+def step_flops(model, batches):
+    """Of the products of a training step: 2 for each weight and token forward, 2 for the gradient
+    by the input and, where the weight trains, 2 for its own (LoRA: 4 N + 6 A). The head sees
+    response tokens only. Attention over a document of L tokens: 2 products of L^2 H D (causal),
+    twice that backward. What is computed again does not count."""
+    shapes = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    cost = sum((6 if p.requires_grad else 4) * p.numel() for p in shapes)
+    head = (6 if model.head_weight.requires_grad else 4) * model.head_weight.numel()
+    c = model.cfg
+    square = 6 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    lengths = torch.cat([b.documents[0].diff() for b in batches]).double()
+    responses = sum(len(b.targets) for b in batches)
+    return float(cost * lengths.sum() + head * responses + square * (lengths**2).sum())
+
+
 def peak_gb(model, trained, micro_tokens):
     """Memory at the peak, roughly: the process, weights, 12 bytes a trained parameter (gradient,
     two moments), what layers keep of a micro-batch (fitted on SmolLM2), a chunk of logits."""
@@ -229,7 +280,7 @@ def peak_gb(model, trained, micro_tokens):
     if trained < sum(p.numel() for p in model.parameters()):  # adapters keep inputs of their own
         kept += 5 * c.hidden_size + 2 * c.intermediate_size
     layers = micro_tokens * kept * model.dtype.itemsize * c.num_hidden_layers
-    return 0.4 + (weights + 12 * trained + layers + 12 * 512 * c.vocab_size) / 1e9
+    return 0.4 + (weights + 12 * trained + layers + 12 * 256 * c.vocab_size) / 1e9
 
 
 def load(s, path, lora=False):
@@ -241,6 +292,7 @@ def load(s, path, lora=False):
     model.dtype = dtype
     if lora and s.lora_rank:
         model.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout)
+    model.checkpointing = s.activation_checkpointing
     if s.compile or s.compile is None and device.type != "cpu":
         model.hidden = torch.compile(model.hidden, dynamic=True)
     return model.eval()
@@ -290,12 +342,16 @@ def score(s, base_path, data, out):
         lacking = [name for name in odd.missing_keys if "lora_" in name] + odd.unexpected_keys
         require(not lacking, out / "ref", f"the adapter does not fit, first {lacking[:1]}")
     nll_base, nll_ref = torch.zeros(2, len(data.tokens))
-    begun, batches = time.perf_counter(), list(data.batches(np.arange(len(data)), s.micro_tokens))
-    for i, batch in enumerate(batches, 1):
+    begun, (rank, ranks) = time.perf_counter(), processes()
+    parts = data.micro_batches(np.arange(len(data)), s.micro_tokens)[rank::ranks]
+    for i, rows in enumerate(parts, 1):
+        batch = data.batch(rows)
         for model, nll, adapted in ((ref, nll_ref, True), (base, nll_base, False)):
             model.use_adapters(adapted)
             nll[batch.where] = response_nll(model, batch).cpu()
-        progress("score", i, len(batches), begun)
+        progress("score", i, len(parts), begun)
+    if ranks > 1:
+        dist.all_reduce(nll_base), dist.all_reduce(nll_ref)
     return nll_base, nll_ref
 
 
@@ -342,7 +398,7 @@ def pipeline(s, base, data, ref_data, out, rates):
     mark = fingerprint(at_rate["ref"], "ref", sources | {"ref": folder_digest(out / "ref")})
     if file.exists():
         scores, facts = load_tensors(file)
-        require_same(file, facts["fingerprint"], mark)
+        require_same(file, facts.get("fingerprint", "{}"), mark)
     else:
         arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
         scores, facts = arrays | {"response": response.byte()}, {"fingerprint": mark}
@@ -368,11 +424,12 @@ def real_run(s, out):
     vocab = tokenizer.vocab_size
     size = read_config(read_json(Path(s.model, "config.json")), s.model).vocab_size
     require(vocab <= size, s.model, f"{vocab} tokens in the tokenizer, but {size} in the model")
-    data = read_examples(s.data, tokenizer, s.template, s.max_len)
+    how = tokenizer, s.template, s.max_len, s.skip_bad
+    data = read_examples(s.data, *how)
     n, most = len(data), s.max_steps * s.batch_size or len(data)  # what max_steps can see
     order, cut = np.random.default_rng(s.seed).permutation(n), round(s.ref_fraction * n)
     if s.ref_data:
-        ref_data, cut = read_examples(s.ref_data, tokenizer, s.template, s.max_len), 0
+        ref_data, cut = read_examples(s.ref_data, *how), 0
     else:
         require(0 < cut < n, "--ref_fraction", f"it splits {n} examples into {cut} and {n - cut}")
         ref_data = data.subset(np.sort(order[:cut][:most]))
@@ -458,6 +515,8 @@ def main(argv):
     STOP.update({"in a step": False, "signal": 0})
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    device, _ = pick(s.device, s.dtype)
+    s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 8192)
     out, settings = Path(s.out), asdict(s)
     if not s.model and "lr" not in given:
         settings["lr"] = WORLD_LR
@@ -481,6 +540,7 @@ def main(argv):
     summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_text(file, json.dumps(summary, indent=1))
+    write_report(out)
 
 
 if __name__ == "__main__":

@@ -593,57 +593,43 @@ def random_examples(n, longest=30, seed=0):
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 29, 64, 200, 10**6])
-def test_batches_cover_each_row_once_within_the_budget(micro_tokens):
+def test_micro_batches_hold_each_row_once_and_as_many_as_fit(micro_tokens):
     examples = random_examples(100)
+    lengths = np.diff(examples.offsets)
     rows = np.random.default_rng(1).permutation(100)[:60]
-    found, where = [], []
-    for batch in examples.batches(rows, micro_tokens):
-        B, T = batch.tokens.shape
-        assert B * T <= micro_tokens or B == 1
-        lengths = []
-        for row in batch.tokens.tolist():
-            text = [t for t in row if t]
-            assert row == text + [0] * (T - len(text))  # padded on the right
-            found.append(text)
-            lengths.append(len(text))
-        assert batch.n_tokens == sum(lengths) and max(lengths) == T
-        where += batch.where.tolist()
-    wanted = [examples.tokens[slice(*examples.offsets[r : r + 2])].tolist() for r in rows]
-    assert sorted(found) == sorted(wanted)
-    in_rows = [i for r in rows for i in range(*examples.offsets[r : r + 2])]
-    assert sorted(where) == sorted(i for i in in_rows if examples.response[i])
+    parts = examples.micro_batches(rows, micro_tokens)
+    assert sorted(np.concatenate(parts)) == sorted(rows)
+    found = lengths[np.concatenate(parts)]
+    assert (np.diff(found) <= 0).all()  # longest first
+    for part, following in zip(parts, parts[1:]):
+        size = lengths[part].sum()
+        assert size <= micro_tokens or len(part) == 1
+        assert size + lengths[following[0]] > micro_tokens  # the next one would not have fitted
+    assert lengths[parts[-1]].sum() <= micro_tokens or len(parts[-1]) == 1
+    assert examples.micro_batches(np.arange(0), 64) == []
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 64, 10**6])
-def test_index_targets_and_where_equal_a_slow_loop(micro_tokens):
-    examples = random_examples(40)
-    for batch in examples.batches(np.arange(40), micro_tokens):
-        T, wanted = batch.tokens.shape[1], []
-        unique = {tuple(examples.tokens[a:b].tolist()): (a, b) for a, b in spans(examples)}
-        for b, row in enumerate(batch.tokens.tolist()):
-            first, last = unique[tuple(t for t in row if t)]
-            for t in range(last - first):
-                if examples.response[first + t]:
-                    wanted.append((b * T + t - 1, row[t], first + t))  # predicted one before
-        triples = zip(batch.index.tolist(), batch.targets.tolist(), batch.where.tolist())
-        assert sorted(triples) == sorted(wanted)
-        assert {x.dtype for x in batch[:4]} == {torch.int64}
+def test_a_batch_equals_a_slow_loop():
+    examples, rows = random_examples(40), np.random.default_rng(2).permutation(40)[:17]
+    tokens, positions, ends, wanted = [], [], [0], []
+    for row in rows:
+        first, last = examples.offsets[row : row + 2].tolist()
+        for i in range(first, last):
+            if examples.response[i]:  # predicted one before
+                wanted.append((len(tokens) - 1, examples.tokens[i], i))
+            tokens.append(examples.tokens[i])
+            positions.append(i - first)
+        ends.append(len(tokens))
+    batch = examples.batch(rows)
+    assert batch.tokens.tolist() == [tokens] and batch.positions.tolist() == [positions]
+    assert batch.documents[0].tolist() == ends and batch.documents[0].dtype == torch.int32
+    assert batch.documents[1] == max(np.diff(ends))
+    assert list(zip(*(x.tolist() for x in batch[3:]))) == wanted
+    assert {x.dtype for x in batch if isinstance(x, torch.Tensor)} == {torch.int64}
 
 
 def spans(examples):
     return list(zip(examples.offsets[:-1].tolist(), examples.offsets[1:].tolist()))
-
-
-def test_batches_hold_little_padding():
-    examples = random_examples(500, longest=300)
-    batches = list(examples.batches(np.arange(500), 2048))
-    assert sum(b.n_tokens for b in batches) > 0.9 * sum(b.tokens.numel() for b in batches)
-    full = [b.tokens.numel() for b in batches[:-1]]
-    assert min(full) > 2048 - 300  # and no batch is smaller than it must be
-
-
-def test_batches_of_no_rows_are_none():
-    assert list(random_examples(3).batches(np.arange(0), 64)) == []
 
 
 def test_a_subset_holds_the_rows_asked_for_in_that_order():
@@ -674,7 +660,7 @@ def test_an_optional_field_may_be_null(checkpoint):
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     example = {"instruction": "a", "output": "b"}
     pieces = [
-        list(example_pieces(e, "here", tokenizer, "tulu"))
+        list(example_pieces(e, tokenizer, "tulu"))
         for e in (example, example | {"input": None})
     ]
     assert pieces[0] == pieces[1]

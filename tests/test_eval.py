@@ -160,7 +160,7 @@ def test_nll_of_examples_equals_a_slow_loop(name, micro_tokens):
 def test_response_nll_is_differentiable_and_in_the_order_of_the_batch():
     model, examples = random_model(CONFIGS["llama_biased"]), random_examples(5)
     wanted = torch.tensor(slow_nll(model, examples), dtype=torch.float64)
-    (batch,) = examples.batches(np.arange(5), 10**6)
+    batch = examples.batch(np.arange(5))
     nll = response_nll(model, batch)
     torch.testing.assert_close(nll.double(), wanted[batch.where], rtol=0, atol=2e-4)
     nll.sum().backward()
@@ -205,8 +205,9 @@ def test_task_nll_prints_the_mean_and_its_standard_error(
 
 def test_task_nll_of_a_single_token_is_still_json(checkpoint, tmp_path, capsys):
     file = tmp_path / "one.jsonl"
-    file.write_text('{"prompt": "people ", "completion": ""}')
+    file.write_text('{"prompt": "people ", "completion": "ash"}')
     argv = ["--model", checkpoint, "--task", "nll", "--data", file, "--dtype", "float32"]
+    argv += ["--max_len", 3]  # cuts all but one token of the response
     assert run_script("eval.py", *argv) == 0
     assert last_json(capsys.readouterr().out)["n"] == 1
 

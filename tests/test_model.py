@@ -11,7 +11,7 @@ from conftest import BASE, CONFIGS, random_model, randomise_adapters
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
-from model import InputError, Transformer, read_config
+from model import InputError, Transformer, attention, keep_mask, read_config
 
 families = pytest.mark.parametrize("name", CONFIGS)
 
@@ -158,6 +158,66 @@ def test_tokens_fed_one_by_one_through_the_cache_give_the_same_hidden_states(nam
             positions = torch.arange(a, b)[None]
             parts.append(model.hidden(tokens[:, a:b], positions, mask[None, None], cache))
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+
+
+def documents_of(lengths):
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths)
+
+
+@families
+@pytest.mark.parametrize("lengths", [[7], [3, 3, 3], [9, 4, 4, 1, 6]])
+def test_documents_laid_end_to_end_do_not_see_each_other(name, lengths):
+    model, parts = random_model(CONFIGS[name]), [some_tokens((1, n), seed=n) for n in lengths]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    found = model.hidden(torch.cat(parts, 1), positions, documents=documents_of(lengths))
+    wanted = torch.cat([model.hidden(tokens) for tokens in parts], 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for loss in (found, wanted):  # and neither do their gradients
+        (loss**2).sum().backward()
+    params = [p for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for p in params]
+    model.zero_grad()
+    found = model.hidden(torch.cat(parts, 1), positions, documents=documents_of(lengths))
+    (found**2).sum().backward()
+    for twice, p in zip(grads, params, strict=True):
+        torch.testing.assert_close(twice, 2 * p.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("H, K", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("T", [1, 5, 300, 1100])
+def test_attention_in_bfloat16_is_near_a_float64_loop_forward_and_backward(T, H, K):
+    rng = torch.Generator().manual_seed(T)
+    exact = [torch.randn(2, T, n, 16, generator=rng).bfloat16().double() for n in (H, K, K)]
+    weights = torch.randn(2, T, H, 16, generator=rng).double()
+    for x in exact:
+        x.requires_grad_()
+    scores = torch.einsum("bthd,bshd->bhts", exact[0], exact[1].repeat_interleave(H // K, 2)) / 4
+    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
+    values = exact[2].repeat_interleave(H // K, 2)
+    wanted = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values)
+    (wanted * weights).sum().backward()
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    found = attention(*rounded)
+    assert found.dtype == torch.bfloat16
+    (found * weights).sum().backward()
+    pairs = [(found, wanted), *((a.grad, b.grad) for a, b in zip(rounded, exact))]
+    for a, b in pairs:
+        assert (a.double() - b).norm() <= 0.015 * b.norm()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_activation_checkpointing_changes_no_gradient_even_with_dropout(adapted):
+    model, tokens, grads = random_model(CONFIGS["qwen3"]), some_tokens((2, 9)), []
+    if adapted:
+        randomise_adapters(model.add_lora(4, 8, 0.5))
+    model.train()
+    for model.checkpointing in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        (model(tokens) ** 2).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
 
 
 def test_the_gradient_of_the_loss_equals_finite_differences():
@@ -402,6 +462,25 @@ def test_an_adapted_projection_is_its_equation():
         if p.bias is not None:
             y += p.bias.double()
         torch.testing.assert_close(p(x).double(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_a_mask_keeps_each_element_by_itself_with_its_probability(p, dtype):
+    torch.manual_seed(1)
+    mask = keep_mask(torch.empty(401, 1003, dtype=dtype), p)  # not a multiple of four draws
+    assert mask.dtype == dtype and mask.shape == (401, 1003)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    flat, sigma = mask.double().flatten(), math.sqrt(p * (1 - p))
+    assert abs(flat.mean() - (1 - p)) < 5 * sigma / math.sqrt(len(flat))
+    for phase in range(4):  # the four pieces of a draw are alike ...
+        assert abs(flat[phase::4].mean() - (1 - p)) < 5 * sigma / math.sqrt(len(flat) / 4)
+    centred = (flat - flat.mean()) / sigma
+    for lag in (1, 2, 3, 4, 8, 1003):  # ... and independent
+        assert abs((centred[lag:] * centred[:-lag]).mean()) < 5 / math.sqrt(len(flat))
+    torch.manual_seed(1)
+    assert torch.equal(mask, keep_mask(torch.empty(401, 1003, dtype=dtype), p))
+    assert not torch.equal(mask, keep_mask(torch.empty(401, 1003, dtype=dtype), p))
 
 
 def test_dropout_falls_on_the_input_of_the_adapter_alone_and_keeps_its_mean():
