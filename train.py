@@ -230,7 +230,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
         progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s", done)
         # Beyond ln V, the nll of a uniform guess, N is unlearned, and what ascent still moves is
         # all the rest: in the embedded world (ln V = 6.4) accuracy fell from about 6 nats on.
-        if not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
+        if lam and not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
             warned = True
             print(f"\n{stage}: nll of {neg_nll:.1f} on N, worse than a guess: lower --lambda_max")
         if rank == 0 and (STOP["signal"] or (step + 1) % s.save_every == 0):
