@@ -302,7 +302,8 @@ def is_done(out, stage, mark):
     """Whether out/stage is there, made from what `mark` says; InputError if from anything else."""
     if not (out / stage).exists():
         return False
-    require_same(out / stage, (out / stage / "fingerprint.json").read_text(), mark)
+    found = json.dumps(read_json(out / stage / "fingerprint.json"))
+    require_same(out / stage, found, mark)
     shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
     return True
 

@@ -62,7 +62,7 @@ def test_a_signal_finishes_the_step_and_the_same_command_goes_on(
     error = capsys.readouterr().err
     assert "Traceback" not in error and f"train.py {argv[0]}" in error and str(out) in error
     assert run_script("train.py", *argv, "--out", out) == 0
-    assert "going on after step 8" in capsys.readouterr().out
+    assert "going on after step 4" in capsys.readouterr().out
     assert content(out) == content(whole[0])
 
 
