@@ -45,9 +45,10 @@ class Tokenizer:
         ranks, split, self.control, self.nfc, self.add_bos = read(Path(path))
         ids = [*ranks.values(), *self.control.values()]
         require(len(set(ids)) == len(ids), path, "two tokens of its tokenizer have one id")
-        for b in [*range(0xC0), *range(0xC2, 0xF5)]:  # the bytes of UTF-8
-            known = bytes([b]) in ranks or b in MAY_LACK and split in (GPT2_SPLIT, DIGITS_SPLIT)
-            require(known, path, f"no byte {b:#x} in tokenizer.json or tokenizer.model")
+        self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        may = MAY_LACK if split in (GPT2_SPLIT, DIGITS_SPLIT) else ()
+        lost = {*self.lacking}.difference(may, (0xC0, 0xC1), range(0xF5, 256))  # not of UTF-8
+        require(not lost, path, f"bytes {[*map(hex, lost)]} not in tokenizer.json or .model")
         spec = {"pat_str": split, "mergeable_ranks": ranks, "special_tokens": self.control}
         self.bpe = tiktoken.Encoding("", **spec)
         self.vocab_size, settings = self.bpe.n_vocab, {}
@@ -57,11 +58,9 @@ class Tokenizer:
             token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
             token = token["content"] if isinstance(token, dict) else token
             i = self.control.get(token, i[0] if isinstance(i, list) else i)
-            require(
-                i is None or type(i) is int and 0 <= i < self.vocab_size, path, f"{kind} is {i!r}"
-            )
+            known = i is None or type(i) is int and 0 <= i < self.vocab_size
+            require(known, path, f"{kind}_token_id is {i!r}")
             setattr(self, f"{kind}_id", i)
-        self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
         lone = "".join(MAY_LACK.get(b, "") for b in self.lacking)
         other = r"(?:[^\w\s]|[_\x1c-\x1f])*"
         space = r"(?:[^\S \x1c-\x1f](?! ))?"  # one that the pattern would cut off
@@ -79,8 +78,8 @@ class Tokenizer:
 
     def encode(self, text):
         text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
-        # some 500,000 overflow the stack of the split pattern
-        require(not re.search(r"(?<!\s)\s{300000}", text), "text", "300,000 blanks in a row")
+        endless = re.search(r"(?<!\s)\s{300000}", text)  # twice that many overflow tiktoken's stack
+        require(not endless, "text", "300,000 blanks in a row")
         for i, part in enumerate(self.lossy.split(text) if self.lone.search(text) else [text]):
             if i % 3 < 2:
                 ids += self.bpe.encode_ordinary(part)
@@ -201,8 +200,7 @@ def example_pieces(example, tokenizer, template):
         require(listed, "messages", "expected a list of objects")
         turns = [(m.get("role"), m.get("content")) for m in messages]
         roles = [role for role, _ in turns]
-        answered = "assistant" in roles and roles[0] != "assistant"
-        require(answered, "messages", f"no answer, or nothing before it, in {roles!r:.80}")
+        require("assistant" in roles and roles[0] != "assistant", "messages", "no turn is answered")
     else:
         require(form, "expected", f"messages, or {', or '.join(FORMATS)}")
         values = {key: value for key, value in example.items() if value is not None}
@@ -229,21 +227,17 @@ def read_file(file, bad=None):
     try:
         with (open if name == where else gzip.open)(file, "rb") as stream:
             if name.endswith(".json"):
-                content = stream.read(2**28)
-                require(len(content) < 2**28, "too long", "over 256 MB, write it as .jsonl")
-                values = parse(content)
+                values = parse(stream.read(2**28), 2**28)
                 require(isinstance(values, list), "JSON", "expected one array of examples")
                 yield from ((f"{file}, item {i}", value) for i, value in enumerate(values, 1))
             else:
                 for i, line in enumerate(iter(lambda: stream.readline(2**24), b""), 1):
                     where = f"{file}, line {i}"
                     try:
-                        require(len(line) < 2**24, "too long", "over 16 MB, expected an example")
                         if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                            yield where, parse(line)
+                            yield where, parse(line, 2**24)
                     except (ValueError, RecursionError) as e:
-                        if bad is None:
-                            raise
+                        require(bad is not None, "broken", e)
                         bad.append(f"{where}: {e}")
                     while line and line[-1:] != b"\n":  # the rest of one that is too long
                         line = stream.readline(2**24)

@@ -53,7 +53,7 @@ class TokenNLL(torch.autograd.Function):
     def backward(ctx, g):  # [N]
         if len(ctx.saved_tensors) == 1:
             (grad,) = ctx.saved_tensors
-            return grad * g[:, None].to(grad.dtype), None, None, None
+            return (grad * g[:, None]).to(grad.dtype), None, None, None
         hidden, head_weight, targets = ctx.saved_tensors
         W, grad = head_weight.to(hidden.dtype), []
         grad_W = torch.zeros_like(head_weight, dtype=torch.float32)  # the sum over chunks
@@ -92,12 +92,12 @@ def partition(influence, rho):
 def lam_at(step, steps, lam_min, lam_max):
     """lambda(step) = lam_min + (lam_max - lam_min) * step / steps: a line from lam_min (step 0) to
     lam_max (step == steps), in optimizer steps completed. It starts near zero because ascent at the
-    first step would act before the positives are learned. (Published code drops the lam_min term.)
+    first steps would act before the positives are learned. (Published code drops the lam_min term.)
     """
     if not 0 <= step <= steps or steps < 1:
         raise ValueError(f"lam_at needs 0 <= step <= steps and steps >= 1, got {step} of {steps}")
     done = step / steps
-    return lam_min * (1 - done) + lam_max * done  # this form is exact at both ends
+    return lam_min * (1 - done) + lam_max * done  # the same line, exact at both ends
 
 
 def forgetting_loss(nll, positive, negative, lam, n_positive=None, n_negative=None, ascent="nll"):
@@ -119,10 +119,10 @@ def forgetting_loss(nll, positive, negative, lam, n_positive=None, n_negative=No
         raise ValueError(f'ascent is "nll" or "unlikelihood", got {ascent!r}')
     n_positive = positive.sum() if n_positive is None else torch.as_tensor(n_positive)
     n_negative = negative.sum() if n_negative is None else torch.as_tensor(n_negative)
-    forget = -nll
+    ascended = -nll
     if ascent == "unlikelihood":  # -log(1 - exp(-nll)); the 1e-6 keeps p == 1 finite
-        forget = -torch.log(-torch.expm1(-nll - 1e-6))
+        ascended = -torch.log(-torch.expm1(-nll - 1e-6))
     # where, not a product with the mask: inf * 0 is NaN
-    learned = torch.where(positive, nll, 0).sum() / n_positive.clamp(min=1)
-    forgotten = torch.where(negative, forget, 0).sum() / n_negative.clamp(min=1)
-    return learned + lam * forgotten
+    learned = torch.where(positive, nll, 0).sum() / n_positive.clamp(min=1)  # (1/|P|) sum_P nll
+    forgotten = torch.where(negative, ascended, 0).sum() / n_negative.clamp(min=1)
+    return learned + lam * forgotten  # L

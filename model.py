@@ -42,14 +42,14 @@ def require(ok, source, problem):
         raise InputError(f"{source}: {problem}")
 
 
-def parse(content):
-    """The value of JSON in UTF-8, with or without a byte order mark; ValueError if it is none. If a
-    key stood twice in an object, which of its values counts would be a guess."""
+def parse(content, most=2**28):
+    """The value of JSON in UTF-8; ValueError if it is none, too long, or a key stands twice."""
 
     def unique(pairs):
         require(len(dict(pairs)) == len(pairs), "a key stands twice", f"{list(dict(pairs))!r:.80}")
         return dict(pairs)
 
+    require(len(content) < most, "too long", f"{most >> 20} MB or more")
     return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
 
 

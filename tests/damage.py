@@ -261,7 +261,7 @@ LISTED = {
     "data.jsonl.gz empty": (write("data.jsonl.gz", b""), "data.jsonl.gz"),
     "data.jsonl.gz cut": (write("data.jsonl.gz", gzip.compress(GOOD.encode())[:-9]), ".gz"),
     "data.jsonl.gz line": (line("{", "data.jsonl.gz"), "line 3"),
-    "data.jsonl.gz bomb": (write("data.jsonl.gz", gzip.compress(b" " * 2**20) * 256), "line 1"),
+    "data.jsonl.gz bomb": (write("data.jsonl.gz", gzip.compress(b" " * 2**20) * 256), "no example"),
     "data.jsonl.gz bombs": (write("data.jsonl.gz", gzip.compress(b"[" * 2**20) * 128), "line 1"),
     "data.json.gz bomb": (write("data.json.gz", gzip.compress(b"[" + b" " * 2**20) * 257), ".gz"),
     # the checkpoint
