@@ -14,6 +14,8 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -43,8 +45,9 @@ def opt(default, text, *allowed):
     return field(default_factory=lambda: default, metadata={"help": text, "allowed": allowed})
 
 
-def parse_settings(kind, argv, description, special=()):
-    """The fields of the dataclass `kind` that argv gives, {name: value}; --help is made from it."""
+def parse_settings(kind, argv, description, special=(), clashes=lambda given: ()):
+    """The fields of the dataclass `kind` that argv gives, {name: value}; --help is made from it.
+    Values out of range and what `clashes` says of them are reported together."""
     usage = "%(prog)s [--help] [--setting value ...]"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -57,10 +60,13 @@ def parse_settings(kind, argv, description, special=()):
         text = f"{f.metadata['help']} [{f.default_factory()}]{world}".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
+    wrong = list(clashes(given))
     for f in [f for f in fields(kind) if f.name in given and f.type in (int, float)]:
         low, high = f.metadata["allowed"]
         if not low <= given[f.name] <= high:
-            parser.error(f"argument --{f.name}: {given[f.name]} is not from {low} to {high}")
+            wrong.append(f"--{f.name}: {given[f.name]} is not from {low} to {high}")
+    if wrong:
+        parser.error("; ".join(wrong))
     return given
 
 
@@ -79,8 +85,9 @@ def exit_status(main, argv):
     try:
         main(argv)
         return 0
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted: the same command goes on after the last finished stage"
+    except KeyboardInterrupt as e:  # with the number of the signal, if it was not Ctrl-C
+        status = 128 + (*e.args, signal.SIGINT)[0]
+        message = f"interrupted; to go on: python {shlex.join([sys.argv[0], *argv])}"
     except (InputError, FileExistsError, NotADirectoryError) as e:
         status, message = 2, e
     except torch.OutOfMemoryError as e:
@@ -575,7 +582,7 @@ def read_run(out):
             known = math.isfinite(point[1]) and (step["n_neg"] or key != "neg_nll")
             if known and step["stage"] in COLOURS:  # the world's base is not
                 run.curves[key].setdefault(step["stage"], []).append(point)
-        for name, tensor in load_tensors(out / "scores.safetensors").items():
+        for name, tensor in load_tensors(out / "scores.safetensors")[0].items():
             setattr(run, name, tensor.numpy())
         run.response, run.positive = run.response > 0, run.positive > 0
         run.influence, run.rank = run.nll_base - run.nll_ref, np.zeros_like(run.tokens)

@@ -8,8 +8,10 @@ Modules bear the names that Hugging Face gives them, so a state dict is a checkp
 batch, T tokens, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
+import hashlib
 import json
 import math
+import os
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,18 +335,64 @@ class Transformer(nn.Module):
         if any("lora_" in name for name in state):
             raise ValueError("save_pretrained: call merge_lora() first")
         Path(path).mkdir(parents=True, exist_ok=True)
-        save_file(state, Path(path, "model.safetensors"), metadata={"format": "pt"})
+        save_tensors(Path(path, "model.safetensors"), state, {"format": "pt"})
         raw = self.cfg.raw | {"torch_dtype": str(self.head_weight.dtype).removeprefix("torch.")}
         raw.pop("dtype", None)  # transformers 5 writes it instead
         Path(path, "config.json").write_text(json.dumps(raw, indent=2))
 
 
-def load_tensors(file):
-    """The tensors of a safetensors file, by name; InputError if it is damaged or absent."""
+def publish(path, name):
+    """Give a file or directory its name when all of it is on the disk: a crash leaves all or
+    nothing."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    path.replace(name)
+
+
+def write_text(path, text):
+    part = Path(f"{path}.tmp")
+    part.write_text(text, encoding="utf-8")
+    publish(part, path)
+
+
+def digest(tensors, facts):
+    """sha256 of all that a safetensors file says."""
+    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def save_tensors(path, tensors, facts):
+    """Write a safetensors file with the strings `facts`, and sha256, as metadata."""
+    part, facts = Path(f"{path}.tmp"), facts | {"sha256": digest(tensors, facts)}
     try:
-        return load_file(file)
+        save_file(tensors, part, facts)
+    except SafetensorError as e:
+        raise OSError(f"{path}: cannot be written: {e}") from None
+    with part.open("r+b") as file:  # the library puts metadata in random order: sort it in place
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) | {"__metadata__": dict(sorted(facts.items()))}
+        file.seek(8)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.write(text.encode().ljust(size))
+    publish(part, path)
+
+
+def load_tensors(file):
+    """(tensors by name, metadata) of what save_tensors wrote; InputError if damaged or absent."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            facts = stored.metadata() or {}
+        tensors = load_file(file)
     except (OSError, SafetensorError) as e:
         raise InputError(f"{file}: damaged ({e}): delete it to make it anew") from None
+    found = facts.pop("sha256", None)  # other programs write none
+    whole = found in (None, digest(tensors, facts))
+    require(whole, file, "damaged (its sha256 is another): delete it to make it anew")
+    return tensors, facts
 
 
 def stored_tensors(path):

@@ -9,29 +9,35 @@
 import hashlib
 import json
 import math
+import re
 import resource
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
 from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
 from eval import write_report
 from forget import forgetting_loss, lam_at, partition
-from model import Transformer, load_tensors, read_config, read_json, require
+from model import InputError, Transformer, load_tensors, publish, read_config, read_json, require
+from model import save_tensors, write_text
 
 
 METHODS = ["sft", "ignore", "forget"]
+# What may change in a run that goes on: of files the content counts. The targets matter to ignore
+# (rho alone) and to forget: with another rho the scores stay, with another partition.
 HARMLESS = "out methods repeats micro_tokens device compile activation_checkpointing".split()
+HARMLESS += ["save_every", "model", "data", "ref_data"]
+TARGETS = ["rho", "lambda_max", "lambda_min", "ascent"]
 
 
 @dataclass
@@ -65,6 +71,7 @@ class Settings:
     dtype: str = opt("auto", "of activations; auto = bf16 if fast", "auto", "bfloat16", "float32")
     device: str = opt("auto", "cpu, cuda, cuda:1 ...; auto = an accelerator if there is one")
     compile: bool = opt(None, "torch.compile the model; None = on a GPU only")
+    save_every: int = opt(50, "steps from one saved state of training to the next", 1, 10**9)
     activation_checkpointing: bool = opt(False, "keep less for backward, compute it again")
     out: str = opt("out", "directory for everything that is written")
 
@@ -79,14 +86,24 @@ WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embe
 
 
 SECONDS = {}  # that each stage took in this process
+STOP = {"in a step": False, "signal": 0}
 
 
-def progress(stage, step, steps, begun, text=""):
-    """After a step: one moving line on a terminal, else a line for each tenth of the stage."""
+def on_signal(number, _):
+    """Ctrl-C or SIGTERM: a step of training is finished and its state saved; twice, at once."""
+    if STOP["signal"] or not STOP["in a step"]:
+        raise KeyboardInterrupt(number)
+    STOP["signal"] = number
+
+
+def progress(stage, step, steps, begun, text="", done=0):
+    """After a step: one moving line on a terminal, else a line for each tenth of the stage. `done`
+    steps were made by an earlier process."""
     seconds, live, last = time.perf_counter() - begun, sys.stdout.isatty(), step == steps
     SECONDS[stage] = SECONDS.get(stage, 0) + seconds * last
     if live or last or (step - 1) % math.ceil(steps / 10) == 0:
-        line = f"{stage:6s} {step}/{steps}  {text}  {seconds / step * (steps - step):.0f} s left"
+        left = seconds / (step - done) * (steps - step)
+        line = f"{stage:6s} {step}/{steps}  {text}  {left:.0f} s left"
         print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
 
 
@@ -110,9 +127,30 @@ def step_rows(n, batch_size, steps, seed):
         yield order[step % per_epoch * batch_size :][:batch_size]
 
 
-def train(model, data, positive, negative, s, stage, log_file):
+def restore(live, folder, mark):
+    """Copy the newest state in a folder that is not damaged into the tensors `live`. Returns its
+    step and which of two files is the next to write: 0, 0 without one."""
+    files = folder.glob("?.safetensors")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        try:
+            tensors, facts = load_tensors(file)
+            fits = {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in live.items()}
+            require(fits or facts.get("fingerprint") != mark, file, "damaged: other shapes")
+        except InputError as e:
+            print(f"{e}: looking for a state before it", file=sys.stderr)
+            continue
+        require_same(folder, facts.get("fingerprint", "{}"), mark)
+        for name, tensor in live.items():
+            tensor.copy_(tensors[name])
+        print(f"  going on after step {facts['step']}")
+        return int(facts["step"]), 1 - int(file.stem)
+    return 0, 0
+
+
+def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
     """Minimise forgetting_loss on Examples, in place, over the parameters that require gradients.
-    positive and negative [total] bool are masks over data.tokens."""
+    positive and negative [total] bool are masks over data.tokens. The state is saved beside the log
+    with `mark`, the fingerprint of what it was made from; one that is there is gone on from."""
     device, params = model.head_weight.device, [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, s.lr, weight_decay=s.weight_decay, fused=True)
     steps = s.epochs * math.ceil(len(data) / s.batch_size)
@@ -123,13 +161,31 @@ def train(model, data, positive, negative, s, stage, log_file):
     print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
     print(f"  {len(data.tokens):,} tokens, {positive.sum():,} in P, {negative.sum():,} in N")
     print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
-    old = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-    log_file.write_text("".join(line for line in old if f'"stage": "{stage}"' not in line))
-    model.train()
+    left = [m for m in {stage, *s.methods} if not log_file.with_name(m).exists()]
+    needed = 24 * size + sum(p.nbytes for p in model.parameters()) * len(left)  # states and models
+    free = shutil.disk_usage(log_file.parent).free
+    text = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+    require(needed < free, log_file.parent, text)
+    live, folder = {}, log_file.with_name(f"{stage}.state")
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = moments | {"step": torch.zeros((), device=device)}
+            live |= {f"{key} {name}": tensor for key, tensor in optimizer.state[p].items()}
+            live[name] = p.detach()
+    done, slot = restore(live, folder, mark)
     rank, ranks = processes()
+    if rank == 0:
+        log_file.touch()
+        lines = log_file.read_text().splitlines(keepends=True)
+        found = [re.match(r'\{"stage": "(\w+)", "step": (\d+),.*\}\n', line) for line in lines]
+        kept = [m[0] for m in found if m and (m[1] != stage or int(m[2]) <= done)]
+        write_text(log_file, "".join(kept))
+    model.train()
     peak_flops = ranks * matmul_flops(device, model.dtype)
-    start = time.perf_counter()
-    for step, rows in enumerate(step_rows(len(data), s.batch_size, steps, s.seed)):
+    start, warned, STOP["in a step"] = time.perf_counter(), False, True
+    order = enumerate(step_rows(len(data), s.batch_size, steps, s.seed))
+    for step, rows in islice(order, done, None):
         begun = time.perf_counter()
         batches = [data.batch(part) for part in data.micro_batches(rows, s.micro_tokens)]
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
@@ -152,15 +208,16 @@ def train(model, data, positive, negative, s, stage, log_file):
                 dist.all_reduce(tensor)
         # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
         norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
+        loss, pos_nll, neg_nll, norm = *totals.tolist(), float(norm)
+        pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / n_neg if n_neg else None
+        text = f"loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll or 0:.3f}  lam {lam:.3f}"
+        text += f"  norm {norm:.2f}"
+        if not math.isfinite(loss + norm):  # before it reaches the weights
+            lower = "--lr or --lambda_max" if lam else "--lr"
+            raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {text}: lower {lower}")
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        loss, pos_nll, neg_nll, norm = *totals.tolist(), float(norm)
-        pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / max(n_neg, 1)
-        text = f"loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll:.3f}  lam {lam:.3f}  norm {norm:.2f}"
-        if not math.isfinite(loss + norm):
-            lower = "--lr or --lambda_max" if lam else "--lr"
-            raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {text}: lower {lower}")
         seconds, tokens = time.perf_counter() - begun, sum(b.tokens.numel() for b in batches)
         record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
         record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
@@ -170,7 +227,21 @@ def train(model, data, positive, negative, s, stage, log_file):
         if rank == 0:
             with log_file.open("a") as log:
                 log.write(json.dumps(record) + "\n")
-        progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s")
+        progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s", done)
+        # Beyond ln V, the nll of a uniform guess, N is unlearned, and what ascent still moves is
+        # all the rest: in the embedded world (ln V = 6.4) accuracy fell from about 6 nats on.
+        if lam and not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
+            warned = True
+            print(f"\n{stage}: nll of {neg_nll:.1f} on N, worse than a guess: lower --lambda_max")
+        if rank == 0 and (STOP["signal"] or (step + 1) % s.save_every == 0):
+            publish(log_file, log_file)  # on the disk before the state that counts on it
+            folder.mkdir(exist_ok=True)
+            facts = {"step": str(step + 1), "fingerprint": mark}
+            save_tensors(folder / f"{slot}.safetensors", live, facts)
+            slot = 1 - slot
+        if STOP["signal"]:
+            raise KeyboardInterrupt(STOP["signal"])
+    STOP["in a step"] = False
     model.eval()
 
 
@@ -227,25 +298,38 @@ def load(s, path, lora=False):
     return model.eval()
 
 
-def tune(s, stage, start, data, positive, out):
+def is_done(out, stage, mark):
+    """Whether out/stage is there, made from what `mark` says; InputError if from anything else."""
+    if not (out / stage).exists():
+        return False
+    found = json.dumps(read_json(out / stage / "fingerprint.json"))
+    require_same(out / stage, found, mark)
+    shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
+    return True
+
+
+def tune(s, stage, start, data, positive, out, mark):
     """Train the checkpoint `start` and write out/stage, unless it is there. Only "forget" has
     negatives. The reference of a LoRA run stays an adapter; all else is a whole checkpoint."""
-    if (out / stage).exists():
+    if is_done(out, stage, mark):
         return print(f"{stage}: {out / stage} is done")
     model = load(s, start, lora=True)
     negative = torch.from_numpy(data.response) & ~positive & (stage == "forget")
-    train(model, data, positive, negative, s, stage, out / "log.jsonl")
+    train(model, data, positive, negative, s, stage, out / "log.jsonl", mark)
     path = out / f"{stage}.tmp"  # renamed when it is whole
-    path.mkdir(exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
     if stage == "ref" and s.lora_rank:
         adapter = {k: v for k, v in model.state_dict().items() if "lora_" in k}
-        save_file(adapter, path / "adapter.safetensors")
+        save_tensors(path / "adapter.safetensors", adapter, {})
     else:
         model.merge_lora().to(model.dtype).save_pretrained(path)
         for pattern in ("tokenizer*", "special_tokens*", "generation_config*", "chat_template*"):
             for file in Path(start).glob(pattern):
                 shutil.copy(file, path)
-    path.rename(out / stage)
+    (path / "fingerprint.json").write_text(mark)
+    publish(path, out / stage)
+    is_done(out, stage, mark)  # so its state goes
 
 
 @torch.no_grad()
@@ -254,7 +338,8 @@ def score(s, base_path, data, out):
     ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
     base = ref if s.lora_rank else load(s, base_path)
     if s.lora_rank:
-        odd = ref.load_state_dict(load_tensors(out / "ref/adapter.safetensors"), strict=False)
+        adapter, _ = load_tensors(out / "ref/adapter.safetensors")
+        odd = ref.load_state_dict(adapter, strict=False)
         lacking = [name for name in odd.missing_keys if "lora_" in name] + odd.unexpected_keys
         require(not lacking, out / "ref", f"the adapter does not fit, first {lacking[:1]}")
     nll_base, nll_ref = torch.zeros(2, len(data.tokens))
@@ -271,42 +356,65 @@ def score(s, base_path, data, out):
     return nll_base, nll_ref
 
 
-def fingerprint(examples, *folders):
-    """sha256 of tokenised examples and of what shapes a model: config, tokenizer and weights."""
-    digest = hashlib.sha256(b"".join(vars(examples).values()))
-    for file in (file for folder in folders for file in sorted(Path(folder).iterdir())):
+@cache  # models are large: each is read once
+def folder_digest(folder):
+    """sha256 of what shapes a model: config, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
         if file.suffix in (".json", ".model", ".safetensors"):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
+def fingerprint(s, stage, sources):
+    """What the files of a stage are made from, as JSON: digests of sources, settings that matter."""
+    unused = HARMLESS + {"forget": [], "ignore": TARGETS[1:]}.get(stage, TARGETS)
+    return json.dumps(sources | {k: v for k, v in asdict(s).items() if k not in unused})
+
+
+def require_same(path, found, mark):
+    """InputError says in what the fingerprint found at a path differs from that of this run."""
+    if found != mark:
+        old, new = json.loads(found), json.loads(mark)
+        pairs = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
+        differ = ", ".join(f"{k} ({a!s:.9}, now {b!s:.9})" for k, (a, b) in pairs.items())
+        raise InputError(f"{path}: made with another {differ}: delete it, or use another --out")
+
+
 def pipeline(s, base, data, ref_data, out, rates):
     """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method, at
     its rate in `rates` or s.lr. Returns the stored scores and {row of the table: checkpoint}."""
     out.mkdir(parents=True, exist_ok=True)
-    at_rate = {stage: replace(s, lr=rates.get(stage, s.lr)) for stage in ("ref", *s.methods)}
-    tune(at_rate["ref"], "ref", base, ref_data, torch.from_numpy(ref_data.response), out)
+    both = {"data": data, "ref_data": ref_data}
+    sources = {k: hashlib.sha256(b"".join(vars(v).values())).hexdigest() for k, v in both.items()}
+    sources["model"] = folder_digest(base)
+    at_rate = {stage: replace(s, lr=rates.get(stage, s.lr)) for stage in ("ref", *METHODS)}
+    marks = {stage: fingerprint(at_rate[stage], stage, sources) for stage in at_rate}
+    for stage in METHODS:
+        is_done(out, stage, marks[stage])  # if made with another rho, its scores stay as they are
+    positive = torch.from_numpy(ref_data.response)
+    tune(at_rate["ref"], "ref", base, ref_data, positive, out, marks["ref"])
     response, file = torch.from_numpy(data.response), out / "scores.safetensors"
-    mark = fingerprint(data, base, out / "ref") + fingerprint(ref_data)
-    if not file.exists():
-        nll_base, nll_ref = score(s, base, data, out)
-        influence, positive = (nll_base - nll_ref)[response], torch.zeros_like(response)
+    mark = fingerprint(at_rate["ref"], "ref", sources | {"ref": folder_digest(out / "ref")})
+    if file.exists():
+        scores, facts = load_tensors(file)
+        require_same(file, facts.get("fingerprint", "{}"), mark)
+    else:
+        arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
+        scores, facts = arrays | {"response": response.byte()}, {"fingerprint": mark}
+        scores["nll_base"], scores["nll_ref"] = score(s, base, data, out)
+    if facts.get("rho") != str(s.rho):
+        influence = (scores["nll_base"] - scores["nll_ref"])[response]
+        positive = torch.zeros_like(response)
         require(influence.isfinite().all(), base, "it or its reference gives an nll of NaN")
         positive[response] = best = partition(influence, s.rho)
         threshold = float(influence[best].min()) if best.any() else math.inf
-        arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
-        arrays |= {"nll_base": nll_base, "nll_ref": nll_ref, "positive": positive.byte()}
-        facts = {"rho": str(s.rho), "threshold": str(threshold), "fingerprint": mark}
-        save_file(arrays | {"response": response.byte()}, out / "scores.tmp", facts)
-        (out / "scores.tmp").rename(file)
-    scores = load_tensors(file)
-    with safe_open(file, "pt") as stored:
-        same = (stored.metadata() or {}).get("fingerprint") == mark
-    require(same, file, "made from other data or models; give another --out, or delete it")
+        scores["positive"] = positive.byte()
+        save_tensors(file, scores, facts | {"rho": str(s.rho), "threshold": str(threshold)})
     for method in s.methods:
         learned = response if method == "sft" else scores["positive"].bool()
-        tune(at_rate[method], method, base, data, learned, out)
+        tune(at_rate[method], method, base, data, learned, out, marks[method])
     return scores, {"base": base} | {method: out / method for method in s.methods}
 
 
@@ -340,14 +448,16 @@ def real_run(s, out):
 
 def pretrain(s, world, out):
     """Writes out/base, which knows the embedded world."""
-    if not (out / "base").exists():
+    s = replace(s, **WORLD_BASE)
+    mark = fingerprint(s, "base", {})  # all of it follows from the settings
+    if not is_done(out, "base", mark):
         world.write_tokenizer(out / "start")
         tokenizer = Tokenizer.from_pretrained(out / "start")
         cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
         Transformer(cfg).init_weights(s.seed).save_pretrained(out / "start")
         corpus = tokenize(enumerate(world.corpus()), tokenizer, "tulu", 64)
         response = torch.from_numpy(corpus.response)
-        tune(replace(s, **WORLD_BASE), "base", out / "start", corpus, response, out)
+        tune(s, "base", out / "start", corpus, response, out, mark)
 
 
 def world_run(s, world, base, out, rates, names="test"):
@@ -390,23 +500,32 @@ def show(tables):
     return result
 
 
+def clashes(given):
+    """Yields what is wrong with settings beside one another."""
+    s = replace(Settings(), **given)
+    if s.lambda_min > s.lambda_max:
+        yield f"--lambda_min: {s.lambda_min} is above --lambda_max {s.lambda_max}"
+    if bool(s.model) != bool(s.data):
+        yield "--model, --data: give both, or neither (embedded world)"
+
+
 def main(argv):
-    given = parse_settings(Settings, argv, __doc__, WORLD | {"lr": "one for each stage"})
+    special = WORLD | {"lr": "one for each stage"}
+    given = parse_settings(Settings, argv, __doc__, special, clashes)
     s = Settings(**({} if given.get("model") else WORLD) | given)
-    require(s.lambda_min <= s.lambda_max, "--lambda_min", f"above --lambda_max {s.lambda_max}")
-    require(bool(s.model) == bool(s.data), "--model, --data", "both, or neither (embedded world)")
+    STOP.update({"in a step": False, "signal": 0})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     device, _ = pick(s.device, s.dtype)
     s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 8192)
     out, settings = Path(s.out), asdict(s)
     if not s.model and "lr" not in given:
         settings["lr"] = WORLD_LR
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "log.jsonl").exists():  # work was done here, with settings that may matter
-        kept = read_json(out / "settings.json")
-        differ = {k: kept.get(k) for k, v in settings.items() if kept.get(k) != v}
-        differ = {k: v for k, v in differ.items() if k not in HARMLESS}
-        require(not differ, out, f"holds a run with other settings, {differ}: use another --out")
-    (out / "settings.json").write_text(json.dumps(settings))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.jsonl").open("a").close()
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written to: {e.strerror}") from None
     file, tables = out / "summary.json", []
     if s.model:
         tables.append(real_run(s, out))
@@ -421,7 +540,7 @@ def main(argv):
     seconds = (read_json(file)["seconds"] if file.exists() else {}) | SECONDS
     summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    file.write_text(json.dumps(summary, indent=1))
+    write_text(file, json.dumps(summary, indent=1))
     write_report(out)
 
 
