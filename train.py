@@ -9,6 +9,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -112,6 +113,26 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def join_processes():
+    """Under torchrun, one process a device: each computes a share of a step's micro-batches, and
+    gradients are summed. Only rank 0 writes and prints."""
+    if "RANK" in os.environ:
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+
+
+def write_once(write, *args):
+    """Call write(*args) in rank 0 while the others wait."""
+    rank, ranks = processes()
+    if rank == 0:
+        write(*args)
+    if ranks > 1:
+        dist.barrier()
+
+
 def lr_at(step, steps, lr, warmup):
     """Linear warm-up over the first warmup * steps steps, then linear decay towards 0."""
     rise = max(1, math.ceil(warmup * steps))
@@ -175,12 +196,11 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
             live[name] = p.detach()
     done, slot = restore(live, folder, mark)
     rank, ranks = processes()
-    if rank == 0:
-        log_file.touch()
-        lines = log_file.read_text().splitlines(keepends=True)
-        found = [re.match(r'\{"stage": "(\w+)", "step": (\d+),.*\}\n', line) for line in lines]
-        kept = [m[0] for m in found if m and (m[1] != stage or int(m[2]) <= done)]
-        write_text(log_file, "".join(kept))
+    log_file.touch()
+    lines = log_file.read_text().splitlines(keepends=True)
+    found = [re.match(r'\{"stage": "(\w+)", "step": (\d+),.*\}\n', line) for line in lines]
+    kept = [m[0] for m in found if m and (m[1] != stage or int(m[2]) <= done)]
+    write_once(write_text, log_file, "".join(kept))
     model.train()
     peak_flops = ranks * matmul_flops(device, model.dtype)
     start, warned, STOP["in a step"] = time.perf_counter(), False, True
@@ -191,7 +211,8 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
         n_pos, n_neg = (sum(int(m[b.where].sum()) for b in batches) for m in (positive, negative))
         lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
-        totals = torch.zeros(3, device=device)  # loss, nll over P, nll over N
+        totals = torch.zeros(4, device=device)  # loss, nll over P, nll over N, asked to stop?
+        totals[3] = STOP["signal"]
         for i, batch in list(enumerate(batches))[rank::ranks]:
             # dropout depends on the micro-batch alone, not on who computes it or what went before
             torch.manual_seed(int(np.random.default_rng([s.seed, step, i]).integers(2**63)))
@@ -200,7 +221,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
             loss = forgetting_loss(nll, pos, neg, lam, n_pos, n_neg, s.ascent)
             loss.backward()
             by_sign = (torch.where(mask, nll, 0).sum() for mask in (pos, neg))
-            totals += torch.stack([loss, *by_sign]).detach()
+            totals[:3] += torch.stack([loss, *by_sign]).detach()
         if ranks > 1:
             for p in params:  # a process may have had no micro-batch
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -208,7 +229,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
                 dist.all_reduce(tensor)
         # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
         norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
-        loss, pos_nll, neg_nll, norm = *totals.tolist(), float(norm)
+        loss, pos_nll, neg_nll, stop, norm = *totals.tolist(), float(norm)
         pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / n_neg if n_neg else None
         text = f"loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll or 0:.3f}  lam {lam:.3f}"
         text += f"  norm {norm:.2f}"
@@ -233,14 +254,14 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
         if lam and not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
             warned = True
             print(f"\n{stage}: nll of {neg_nll:.1f} on N, worse than a guess: lower --lambda_max")
-        if rank == 0 and (STOP["signal"] or (step + 1) % s.save_every == 0):
+        if rank == 0 and (stop or (step + 1) % s.save_every == 0):
             publish(log_file, log_file)  # on the disk before the state that counts on it
             folder.mkdir(exist_ok=True)
             facts = {"step": str(step + 1), "fingerprint": mark}
             save_tensors(folder / f"{slot}.safetensors", live, facts)
             slot = 1 - slot
-        if STOP["signal"]:
-            raise KeyboardInterrupt(STOP["signal"])
+        if stop:
+            raise KeyboardInterrupt(STOP["signal"] or signal.SIGTERM)
     STOP["in a step"] = False
     model.eval()
 
@@ -316,6 +337,10 @@ def tune(s, stage, start, data, positive, out, mark):
     model = load(s, start, lora=True)
     negative = torch.from_numpy(data.response) & ~positive & (stage == "forget")
     train(model, data, positive, negative, s, stage, out / "log.jsonl", mark)
+    write_once(save_stage, s, stage, start, model, out, mark)
+
+
+def save_stage(s, stage, start, model, out, mark):
     path = out / f"{stage}.tmp"  # renamed when it is whole
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
@@ -411,7 +436,8 @@ def pipeline(s, base, data, ref_data, out, rates):
         positive[response] = best = partition(influence, s.rho)
         threshold = float(influence[best].min()) if best.any() else math.inf
         scores["positive"] = positive.byte()
-        save_tensors(file, scores, facts | {"rho": str(s.rho), "threshold": str(threshold)})
+        facts |= {"rho": str(s.rho), "threshold": str(threshold)}
+        write_once(save_tensors, file, scores, facts)
     for method in s.methods:
         learned = response if method == "sft" else scores["positive"].bool()
         tune(at_rate[method], method, base, data, learned, out, marks[method])
@@ -451,10 +477,10 @@ def pretrain(s, world, out):
     s = replace(s, **WORLD_BASE)
     mark = fingerprint(s, "base", {})  # all of it follows from the settings
     if not is_done(out, "base", mark):
-        world.write_tokenizer(out / "start")
+        write_once(world.write_tokenizer, out / "start")
         tokenizer = Tokenizer.from_pretrained(out / "start")
         cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
-        Transformer(cfg).init_weights(s.seed).save_pretrained(out / "start")
+        write_once(Transformer(cfg).init_weights(s.seed).save_pretrained, out / "start")
         corpus = tokenize(enumerate(world.corpus()), tokenizer, "tulu", 64)
         response = torch.from_numpy(corpus.response)
         tune(s, "base", out / "start", corpus, response, out, mark)
@@ -516,6 +542,7 @@ def main(argv):
     STOP.update({"in a step": False, "signal": 0})
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    join_processes()
     device, _ = pick(s.device, s.dtype)
     s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 8192)
     out, settings = Path(s.out), asdict(s)
@@ -540,8 +567,8 @@ def main(argv):
     seconds = (read_json(file)["seconds"] if file.exists() else {}) | SECONDS
     summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    write_text(file, json.dumps(summary, indent=1))
-    write_report(out)
+    write_once(write_text, file, json.dumps(summary, indent=1))
+    write_once(write_report, out)
 
 
 if __name__ == "__main__":

@@ -660,7 +660,6 @@ def test_an_optional_field_may_be_null(checkpoint):
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     example = {"instruction": "a", "output": "b"}
     pieces = [
-        list(example_pieces(e, tokenizer, "tulu"))
-        for e in (example, example | {"input": None})
+        list(example_pieces(e, tokenizer, "tulu")) for e in (example, example | {"input": None})
     ]
     assert pieces[0] == pieces[1]

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import fields
 from itertools import chain
@@ -11,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, assert_refused, random_model, run_script
+from conftest import CONFIGS, ROOT, assert_refused, random_model, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -619,3 +622,35 @@ def test_a_torn_file_of_scores_is_refused_by_name(checkpoint, files, tmp_path, c
         file.write_bytes(file.read_bytes()[:size])
         assert run_script("train.py", *argv) == 2
         assert "scores.safetensors" in capsys.readouterr().err
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_two_processes_give_the_losses_and_weights_of_one(lora_rank, checkpoint, tmp_path):
+    rows = World(7).split(1, 0.3)["train"][:40]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = f"--model {checkpoint} --data {tmp_path}/facts.jsonl --lora_rank {lora_rank} --lr 1e-2"
+    argv += " --dtype float32 --device cpu --batch_size 7 --micro_tokens 30 --max_steps 10"
+    argv = [*argv.split(), "--epochs", "10", "--methods", "sft", "ignore", "forget"]
+    one = [sys.executable, str(ROOT / "train.py")]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, start in (("one", one), ("two", [*two, str(ROOT / "train.py")])):
+        command = [*start, *argv, "--out", str(tmp_path / name)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("forget: 10 steps of 7") == 1  # rank 0 alone prints
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert [len(log) for log in logs] == [40, 40]
+    for a, b in zip(*logs):
+        for key in ("loss", "pos_nll", "neg_nll", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], abs=1e-4), (a["stage"], a["step"], key)
+        assert all(a[key] == b[key] for key in ("stage", "step", "n_pos", "n_neg", "tokens", "lam"))
+    scores = [load_file(tmp_path / name / "scores.safetensors") for name in ("one", "two")]
+    for name in scores[0]:
+        torch.testing.assert_close(*(s[name] for s in scores), rtol=0, atol=1e-4)
+    weights = [load_file(tmp_path / name / "forget/model.safetensors") for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(*(w[name] for w in weights), rtol=0, atol=2e-3)
