@@ -386,7 +386,7 @@ def folder_digest(folder):
     """sha256 of what shapes a model: config, tokenizer and weights."""
     digest = hashlib.sha256()
     for file in sorted(Path(folder).iterdir()):
-        if file.suffix in (".json", ".model", ".safetensors"):
+        if file.is_file() and file.suffix in (".json", ".model", ".safetensors"):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
