@@ -9,7 +9,8 @@ lora, full and score are train.py's own code; `limit` is the step's matrix produ
 real shapes, at the rate measured beside it, with logits at response positions only, and `share` is
 what is reached of it. peer_* is a tuned transformers + peft loop: autocast, batches sorted by
 length, 1,024 tokens with padding in a micro-batch, fused AdamW; peer_*_malloc has this project's
-allocator settings, too. pipeline is everything from the reference to the fine-tuned checkpoint.
+allocator settings, too; peer_*_published has the layout of the published code: 2 rows (scoring: 6)
+padded to the longer, in random order, full fine-tuning with recomputation. pipeline is everything from the reference to the fine-tuned checkpoint.
 loss and plain_loss: memory at N = 8k, V = 128,256, d = 2,048, bf16, of token_nll and of the plain
 form. million: 1 M synthetic examples, 250 M tokens, through reading, partition and batch order. The
 modes take turns, each in a process of its own, so that its peak memory is its own.
@@ -112,12 +113,13 @@ def own(s, mode, steps):
     return result | {"micro_tokens": s.micro_tokens, "limit": best, "share": rate / best}
 
 
-def peer(s, mode, steps, malloc):
+def peer(s, mode, variant, steps):
     """The same of a transformers + peft loop, the loss included."""
     from transformers import AutoModelForCausalLM
 
-    if malloc:
+    if variant == "malloc":
         keep_freed_memory()
+    published = variant == "published"
     model = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32)
     if mode == "lora":
         from peft import LoraConfig, get_peft_model
@@ -125,6 +127,8 @@ def peer(s, mode, steps, malloc):
         names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
         how = {"lora_alpha": s.lora_alpha, "lora_dropout": s.lora_dropout, "target_modules": names}
         model = get_peft_model(model, LoraConfig(r=s.lora_rank, **how))
+    elif published and mode == "full":
+        model.gradient_checkpointing_enable()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, data = torch.optim.AdamW(params, s.lr, fused=True), some_examples(s, steps)
     model.train(mode != "score")
@@ -146,9 +150,12 @@ def peer(s, mode, steps, malloc):
         return values[labels >= 0]
 
     def micro_batches(rows):
-        rows = rows[np.argsort(-np.diff(data.offsets)[rows], kind="stable")]
+        if not published:
+            rows = rows[np.argsort(-np.diff(data.offsets)[rows], kind="stable")]
         while len(rows):
             n = max(1, 1024 // np.diff(data.offsets)[rows[0]])
+            if published:
+                n = 6 if mode == "score" else 2
             yield rows[:n]
             rows = rows[n:]
 
@@ -255,7 +262,7 @@ def measure(mode, s, steps):
     if mode in ("lora", "full", "score"):
         return own(s, mode, steps)
     if kind == "peer":
-        return peer(s, rest.removesuffix("_malloc"), steps, mode.endswith("malloc"))
+        return peer(s, *rest.partition("_")[::2], steps)
     if mode == "pipeline":
         return pipeline(s, steps)
     if mode in ("loss", "plain_loss"):
