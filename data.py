@@ -77,7 +77,9 @@ class Tokenizer:
             raise
 
     def encode(self, text):
-        text, ids = unicodedata.normalize("NFC", text) if self.nfc else text, []
+        ids = []
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
         endless = re.search(r"(?<!\s)\s{300000}", text)  # twice that many overflow tiktoken's stack
         require(not endless, "text", "300,000 blanks in a row")
         for i, part in enumerate(self.lossy.split(text) if self.lone.search(text) else [text]):

@@ -254,8 +254,9 @@ def say(s, model, tokenizer, prompts, max_new, temperature, end="\0"):
     texts = [""] * len(prompts)
     for batch in batches([len(p) + max_new for p in prompts], s.micro_tokens):
         some, seed = [prompts[i] for i in batch], s.seed + int(batch[0])
-        how = max_new, stop, temperature, s.top_p, seed, lambda ids: end in tokenizer.decode(ids)
-        for i, ids in zip(batch, generate(model, some, *how)):
+        how = {"temperature": temperature, "top_p": s.top_p, "seed": seed}
+        how["end"] = lambda ids: end in tokenizer.decode(ids)
+        for i, ids in zip(batch, generate(model, some, max_new, stop, **how)):
             texts[i] = tokenizer.decode(ids).split(end)[0].strip()
     return texts
 

@@ -113,10 +113,14 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32, returned in the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32, returned in the dtype of x. Unlike
+    F.rms_norm it keeps no float32 copy of x for backward."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        scale = torch.rsqrt(norm**2 / x.shape[-1] + self.eps)
+        return (x * scale).to(x.dtype) * self.weight.to(x.dtype)
 
 
 def keep_mask(x, p):

@@ -209,7 +209,8 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
         begun = time.perf_counter()
         batches = [data.batch(part) for part in data.micro_batches(rows, s.micro_tokens)]
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
-        n_pos, n_neg = (sum(int(m[b.where].sum()) for b in batches) for m in (positive, negative))
+        n_pos = sum(int(positive[b.where].sum()) for b in batches)
+        n_neg = sum(int(negative[b.where].sum()) for b in batches)
         lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
         totals = torch.zeros(4, device=device)  # loss, nll over P, nll over N, asked to stop?
         totals[3] = STOP["signal"]
@@ -306,7 +307,8 @@ def peak_gb(model, trained, micro_tokens):
 
 def load(s, path, lora=False):
     """A checkpoint on the device. Frozen weights are of the dtype of activations; those that train
-    (adapters, or without LoRA all) stay float32 and are cast where used, as in autocast."""
+    (adapters, or without LoRA all) stay float32 and are cast where used, as in autocast. What is
+    scored is loaded as what is trained."""
     device, dtype = pick(s.device, s.dtype)
     torch.manual_seed(s.seed)  # adapters start at random
     model = Transformer.from_pretrained(path, dtype if s.lora_rank else torch.float32, device)
@@ -335,7 +337,9 @@ def tune(s, stage, start, data, positive, out, mark):
     if is_done(out, stage, mark):
         return print(f"{stage}: {out / stage} is done")
     model = load(s, start, lora=True)
-    negative = torch.from_numpy(data.response) & ~positive & (stage == "forget")
+    negative = torch.zeros_like(positive)
+    if stage == "forget":
+        negative = torch.from_numpy(data.response) & ~positive
     train(model, data, positive, negative, s, stage, out / "log.jsonl", mark)
     write_once(save_stage, s, stage, start, model, out, mark)
 
@@ -359,7 +363,8 @@ def save_stage(s, stage, start, model, out, mark):
 
 @torch.no_grad()
 def score(s, base_path, data, out):
-    """nll [total] of response tokens under base and reference: with LoRA one model, twice."""
+    """nll [total] of response tokens under the base model (theta) and the reference (theta_ref):
+    with LoRA one model, twice."""
     ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
     base = ref if s.lora_rank else load(s, base_path)
     if s.lora_rank:
@@ -430,17 +435,18 @@ def pipeline(s, base, data, ref_data, out, rates):
         scores, facts = arrays | {"response": response.byte()}, {"fingerprint": mark}
         scores["nll_base"], scores["nll_ref"] = score(s, base, data, out)
     if facts.get("rho") != str(s.rho):
+        # the paper's score: high where the reference, having learned D_ref, expects the token more
         influence = (scores["nll_base"] - scores["nll_ref"])[response]
-        positive = torch.zeros_like(response)
         require(influence.isfinite().all(), base, "it or its reference gives an nll of NaN")
-        positive[response] = best = partition(influence, s.rho)
-        threshold = float(influence[best].min()) if best.any() else math.inf
+        learned, positive = partition(influence, s.rho), torch.zeros_like(response)
+        positive[response] = learned
+        threshold = float(influence[learned].min()) if learned.any() else math.inf
         scores["positive"] = positive.byte()
         facts |= {"rho": str(s.rho), "threshold": str(threshold)}
         write_once(save_tensors, file, scores, facts)
     for method in s.methods:
-        learned = response if method == "sft" else scores["positive"].bool()
-        tune(at_rate[method], method, base, data, learned, out, marks[method])
+        positive = response if method == "sft" else scores["positive"].bool()
+        tune(at_rate[method], method, base, data, positive, out, marks[method])
     return scores, {"base": base} | {method: out / method for method in s.methods}
 
 
@@ -453,10 +459,11 @@ def real_run(s, out):
     require(vocab <= size, s.model, f"{vocab} tokens in the tokenizer, but {size} in the model")
     how = tokenizer, s.template, s.max_len, s.skip_bad
     data = read_examples(s.data, *how)
-    n, most = len(data), s.max_steps * s.batch_size or len(data)  # what max_steps can see
-    order, cut = np.random.default_rng(s.seed).permutation(n), round(s.ref_fraction * n)
+    n, order = len(data), np.random.default_rng(s.seed).permutation(len(data))
+    most = s.max_steps * s.batch_size or n  # what max_steps can see
+    cut = 0 if s.ref_data else round(s.ref_fraction * n)
     if s.ref_data:
-        ref_data, cut = read_examples(s.ref_data, *how), 0
+        ref_data = read_examples(s.ref_data, *how)
     else:
         require(0 < cut < n, "--ref_fraction", f"it splits {n} examples into {cut} and {n - cut}")
         ref_data = data.subset(np.sort(order[:cut][:most]))
@@ -496,7 +503,8 @@ def world_run(s, world, base, out, rates, names="test"):
         if not sets[part][2].any():
             continue  # a world without noise has no wrong facts
         for row, path in models.items():
-            table[f"{row}, {group}"] = quiz(load(s, path), tokenizer, *sets[part], s.seed)
+            model = load(replace(s, compile=False), path)  # answers grow: new shapes at each token
+            table[f"{row}, {group}"] = quiz(model, tokenizer, *sets[part], s.seed)
         if {"ignore", "forget"} <= set(models):
             a, b = (table[f"{row}, {group}"] for row in ("forget", "ignore"))
             table[f"forget - ignore, {group}"] = {metric: a[metric] - b[metric] for metric in a}
