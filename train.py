@@ -60,7 +60,7 @@ class Settings:
     weight_decay: float = opt(0.0, "AdamW weight decay, per step and lr", 0, 1e6)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", 0, 1e6)
     batch_size: int = opt(24, "sequences per optimizer step", 1, 10**9)
-    micro_tokens: int = opt(0, "most tokens in a pass; 0 = 1024 on a CPU, else 8192", 0, 10**9)
+    micro_tokens: int = opt(0, "most tokens in a pass; 0 = 1024 on a CPU, else 2048", 0, 10**9)
     epochs: int = opt(1, "passes over the data", 1, 10**9)
     max_steps: int = opt(0, "most optimizer steps of a stage; 0 = no limit", 0, 10**9)
     max_len: int = opt(2048, "tokens; longer examples are cut", 2, 10**9)
@@ -218,6 +218,8 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
             # dropout depends on the micro-batch alone, not on who computes it or what went before
             torch.manual_seed(int(np.random.default_rng([s.seed, step, i]).integers(2**63)))
             pos, neg = positive[batch.where].to(device), negative[batch.where].to(device)
+            longer = batch.tokens.numel() > s.micro_tokens  # one example: it may not take more
+            model.checkpointing = s.activation_checkpointing or longer
             nll = response_nll(model, batch)  # [N]
             loss = forgetting_loss(nll, pos, neg, lam, n_pos, n_neg, s.ascent)
             loss.backward()
@@ -552,7 +554,7 @@ def main(argv):
         signal.signal(number, on_signal)
     join_processes()
     device, _ = pick(s.device, s.dtype)
-    s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 8192)
+    s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 2048)
     out, settings = Path(s.out), asdict(s)
     if not s.model and "lr" not in given:
         settings["lr"] = WORLD_LR
