@@ -532,23 +532,21 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Report</title>
 <meta name=viewport content="width=device-width"><style>
 :root { color-scheme: light dark } b, i, pre { font: inherit } figure, pre { margin: 0 }
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 0 1rem 7rem }
-h2 { margin-top: 2.5rem } section > :only-child { grid-column: 1 / -1 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere } h2 { margin-top: 2.5rem }
 section { display: grid; gap: 1.5rem; grid-template-columns:
-  repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
-pre { white-space: pre-wrap; overflow-wrap: anywhere }
+  repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) } section > :only-child { grid-column: 1 / -1 }
 i { color: color-mix(in srgb, CanvasText 65%, Canvas) }
-[data-t]:hover::after, [data-t]:focus::after { content: attr(data-t); position: fixed; inset: auto 0
-  0 0; padding: .5rem 1rem; background: CanvasText; color: Canvas }
+[data-t]:is(:hover, :focus)::after { content: attr(data-t); position: fixed; inset: auto 0 0;
+  padding: .5rem 1rem; background: CanvasText; color: Canvas }
 table { display: block; overflow: auto } td { padding-right: 1rem; white-space: nowrap }
 svg { width: 100%; font-size: 12px; stroke-width: 1.5; stroke-linecap: round; fill: none }
 text { fill: CanvasText } .x { text-anchor: middle } .y { text-anchor: end }
-</style><h1>Which tokens to forget</h1>
-<p>Each token of a response is coloured by its influence, its nll under the base model less that
-under the reference model. <b style=background:#2f7ed880>Blue</b>: the reference improved on it;
-<b style=background:#d95f0280>orange</b>: it got worse. <u>Underlined</u>: the negative tokens,
-which are ignored or forgotten. <i>Grey</i>: the prompt. Hover over a token or tap it for its
-numbers. · is a space, ⏎ a line break, ⇥ a tab, ⟦a control token⟧, \\x.. bytes of half a character.
-</p>BODY</html>"""
+</style><h1>Which tokens to forget</h1><p>Each token of a response is coloured by its influence, its
+nll under the base model less that under the reference model. <b style=background:#2f7ed880>Blue</b>
+means: the reference improved on it; <b style=background:#d95f0280>orange</b>: it got worse;
+<u>underlined</u>: the negative tokens, which are ignored or forgotten; <i>grey</i>: the prompt.
+Hover over a token or tap it for its numbers. · is a space, ⏎ a line break, ⇥ a tab, ⟦a control
+token⟧, \\x.. bytes of half a character.</p>BODY</html>"""
 # the first two suit the colour-blind; all suit light and dark pages
 COLOURS = {"positive": "#2f7ed8", "negative": "#d95f02", "forget": "#2f7ed8", "sft": "#d95f02"}
 COLOURS |= {"ignore": "#1b9e77", "ref": "#888888"}
@@ -692,9 +690,8 @@ def partition_html(run):
     within = influence.clip(*np.percentile(influence, (0.1, 99.9)))  # outliers go to the ends
     edges = np.linspace(within.min(), within.max(), 61)
     lines = [stairs(name, within[mask], edges) for name, mask in masks.items()]
-    threshold = influence[~negative].min(initial=math.inf)
     title = f"Influence, dashed: the threshold for rho {s['rho']}"
-    yield chart(title, "tokens", "nats", lines, threshold)
+    yield chart(title, "tokens", "nats", lines, influence[~negative].min(initial=math.inf))
     place = np.arange(len(tokens)) - np.repeat(np.cumsum(run.count) - run.count, run.count)
     last = int(np.percentile(place, 99)) + 1  # few responses are longer
     share = np.bincount(place, negative)[:last] / np.bincount(place)[:last]
