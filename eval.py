@@ -156,11 +156,10 @@ def examples_nll(model, examples, micro_tokens):
 
 def default_ids(tokenizer, text):
     """Ids as the tokenizer itself gives them: if it adds BOS, also for the text of BOS."""
-    if not tokenizer.add_bos:
-        return tokenizer.encode(text)
-    bos = tokenizer.decode([tokenizer.bos_id])
-    parts = text.removeprefix(bos).split(bos)
-    return [i for part in parts for i in (tokenizer.bos_id, *tokenizer.encode(part))]
+    first = [tokenizer.bos_id] if tokenizer.add_bos else []
+    bos = tokenizer.decode(first)
+    parts = text.removeprefix(bos).split(bos) if bos else [text]
+    return [i for part in parts for i in first + tokenizer.encode(part)]
 
 
 def pack(tokenizer, items, limit):
