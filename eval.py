@@ -74,9 +74,8 @@ def keep_freed_memory():
     """glibc gives a freed block above 128 KiB back to the system, and a new one costs a page fault
     for every 4 KiB: a quarter of a training step on a CPU. Keep them instead."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def exit_status(main, argv):
@@ -138,10 +137,9 @@ def batches(lengths, micro_tokens):
 
 def response_nll(model, batch):
     """nll [N] float32 of the response tokens of a Batch under teacher forcing; differentiable."""
-    device = model.head_weight.device
-    documents = batch.documents[0].to(device), batch.documents[1]
+    device, (ends, longest) = model.head_weight.device, batch.documents
     places = batch.tokens.to(device), batch.positions.to(device)
-    hidden = model.hidden(*places, documents=documents)[0]  # [T, C]
+    hidden = model.hidden(*places, documents=(ends.to(device), longest))[0]  # [T, C]
     hidden = hidden[batch.index.to(device)]  # [N, C]: the head sees no prompt
     return token_nll(hidden, model.head_weight, batch.targets.to(device))
 
@@ -158,11 +156,10 @@ def examples_nll(model, examples, micro_tokens):
 
 def default_ids(tokenizer, text):
     """Ids as the tokenizer itself gives them: if it adds BOS, also for the text of BOS."""
-    if not tokenizer.add_bos:
-        return tokenizer.encode(text)
-    bos = tokenizer.decode([tokenizer.bos_id])
-    parts = text.removeprefix(bos).split(bos)
-    return [i for part in parts for i in (tokenizer.bos_id, *tokenizer.encode(part))]
+    first = [tokenizer.bos_id] if tokenizer.add_bos else []
+    bos = tokenizer.decode(first)
+    parts = text.removeprefix(bos).split(bos) if bos else [text]
+    return [i for part in parts for i in first + tokenizer.encode(part)]
 
 
 def pack(tokenizer, items, limit):
@@ -216,8 +213,8 @@ def loglikelihoods(model, tokenizer, items, micro_tokens):
 @torch.no_grad()
 def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, seed=0, end=None):
     """Continue prompts (lists of ids, of any lengths) by up to max_new ids each, until an id of
-    `stop`, which is left out, or end(new ids). temperature 0 is greedy; top_p keeps the smallest
-    set of likeliest tokens whose probability reaches it."""
+    `stop`, which is left out, or end(new ids). temperature 0 or None is greedy; top_p keeps the
+    smallest set of likeliest tokens whose probability reaches it."""
     device, T = model.head_weight.device, max(map(len, prompts))
     rng = torch.Generator(device).manual_seed(seed)
     pad = torch.tensor([T - len(p) for p in prompts], device=device)[:, None]  # on the left
@@ -231,7 +228,7 @@ def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, seed=
         hidden = model.hidden(tokens, mask.sum(-1) - 1, mask[:, None], cache)[:, -1]  # [B, C]
         logits = F.linear(hidden, model.head_weight.to(hidden.dtype)).float()  # [B, V]
         tokens = logits.argmax(-1, keepdim=True)  # [B, 1]
-        if temperature > 0:
+        if temperature:
             p = (logits / temperature).softmax(-1)
             if top_p < 1:  # a token stays if those before it fall short of top_p; the first always
                 best, ids = p.sort(-1, descending=True)
@@ -254,9 +251,8 @@ def say(s, model, tokenizer, prompts, max_new, temperature, end="\0"):
     texts = [""] * len(prompts)
     for batch in batches([len(p) + max_new for p in prompts], s.micro_tokens):
         some, seed = [prompts[i] for i in batch], s.seed + int(batch[0])
-        how = {"temperature": temperature, "top_p": s.top_p, "seed": seed}
-        how["end"] = lambda ids: end in tokenizer.decode(ids)
-        for i, ids in zip(batch, generate(model, some, max_new, stop, **how)):
+        how = stop, temperature, s.top_p, seed, lambda ids: end in tokenizer.decode(ids)
+        for i, ids in zip(batch, generate(model, some, max_new, *how)):
             texts[i] = tokenizer.decode(ids).split(end)[0].strip()
     return texts
 
@@ -291,8 +287,7 @@ def item(context, continuations, gold, **more):
 def truthfulqa(targets, file, *_):
     for _, row in read_file(file):
         choices, labels = [" " + choice for choice in row[targets]], [*row[targets].values()]
-        if not set(labels) <= {0, 1} or 1 not in labels:
-            raise ValueError(f"labels {labels}")
+        require(1 in labels and set(labels) <= {0, 1}, "labels", labels)
         gold = labels if targets == "mc2_targets" else labels.index(1)
         yield item(TRUTHFULQA.format(row["question"]), choices, gold)
 
@@ -325,9 +320,8 @@ def passages(file):
     for paragraph in (p for article in found.get("data", ()) for p in article["paragraphs"]):
         for example in paragraph["qas"]:
             name = example["id"].split("-")[0]
-            require(
-                name in LANGUAGES and example["answers"], file, f"no language or answer: {example}"
-            )
+            known = name in LANGUAGES and example["answers"]
+            require(known, file, f"no language or answer: {example}")
             found.setdefault(name, []).append(paragraph | example)
     return {name: found[name] for name in LANGUAGES if name in found}
 
@@ -347,8 +341,7 @@ def tydiqa(file, s, tokenizer):
         for example in examples:
             context, gold = start + shown(example, *words), [a["text"] for a in example["answers"]]
             require(all(isinstance(text, str) for text in gold), "expected", f"texts, not {gold}")
-            prompt = default_ids(tokenizer, context)
-            yield item(context, [], gold, language=name, prompt=prompt)
+            yield item(context, [], gold, language=name, prompt=default_ids(tokenizer, context))
 
 
 def conversations(file, s, tokenizer):
@@ -458,9 +451,10 @@ def run(task, file, s, model, tokenizer):
     if task == "tydiqa":  # the published script samples: --temperature 1
         for one, text in zip(items, say(s, model, tokenizer, prompts, 50, s.temperature, "\n")):
             one |= {"continuations": [text], "chosen": text} | squad(text, one["gold"])
-    elif task == "diversity":  # the default temperature of -1 is 1 here, and 0 elsewhere
+    elif task == "diversity":
         prompts = [prompt for prompt in prompts for _ in range(s.samples)]
-        said = say(s, model, tokenizer, prompts, s.max_new, abs(s.temperature))
+        temperature = 1.0 if s.temperature is None else s.temperature
+        said = say(s, model, tokenizer, prompts, s.max_new, temperature)
         for i, one in enumerate(items):
             texts = said[i * s.samples :][: s.samples]
             one |= {"continuations": texts} | diversity(texts)
@@ -506,16 +500,15 @@ def report(task, items, seed):
             means = np.random.default_rng(seed).choice(x, (1000, len(x))).mean(1)
             result[f"{name}_interval"] = np.percentile(means, (2.5, 97.5)).tolist()
         if task == "nll":
-            result |= {
-                "tokens": sum(one["tokens"] for one in items),
-                "perplexity": float(np.exp(min(mean, 700))),
-            }
+            tokens = sum(one["tokens"] for one in items)
+            result |= {"tokens": tokens, "perplexity": float(np.exp(min(mean, 700)))}
     return result
 
 
-def compare(*files):
+def compare(files):
     """Yields for each task and metric of two --out files the mean paired difference, second minus
     first, and p of the two-sided sign test: a fair coin over the items that differ."""
+    require(len(files) == 2, "--compare", "expected two files")
     a, b = ([one for _, one in read_file(file)] for file in files)
     same = len(a) == len(b) > 0 and all(isinstance(one, dict) for one in a + b)
     for x, y in zip(a, b) if same else ():
@@ -534,26 +527,25 @@ def compare(*files):
 
 # --- report --------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light dark } b { font-weight: normal } figure { margin: 0 }
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Report</title>
+<meta name=viewport content="width=device-width"><style>
+:root { color-scheme: light dark } b, i, pre { font: inherit } figure, pre { margin: 0 }
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 0 1rem 7rem }
-h2 { margin-top: 2.5rem } section { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
-pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-i { font-style: normal; color: color-mix(in srgb, CanvasText 65%, Canvas) }
-[data-t]:hover::after, [data-t]:focus::after { content: attr(data-t); position: fixed; inset: auto 0
-  0 0; padding: .5rem 1rem; background: CanvasText; color: Canvas }
+pre { white-space: pre-wrap; overflow-wrap: anywhere } h2 { margin-top: 2.5rem }
+section { display: grid; gap: 1.5rem; grid-template-columns:
+  repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) } section > :only-child { grid-column: 1 / -1 }
+i { color: color-mix(in srgb, CanvasText 65%, Canvas) }
+[data-t]:is(:hover, :focus)::after { content: attr(data-t); position: fixed; inset: auto 0 0;
+  padding: .5rem 1rem; background: CanvasText; color: Canvas }
 table { display: block; overflow: auto } td { padding-right: 1rem; white-space: nowrap }
-section > :only-child { grid-column: 1 / -1 }
 svg { width: 100%; font-size: 12px; stroke-width: 1.5; stroke-linecap: round; fill: none }
 text { fill: CanvasText } .x { text-anchor: middle } .y { text-anchor: end }
-"""
-LEGEND = """Each token of a response is coloured by its influence, its nll under the base model less
-that under the reference model. <b style=background:#2f7ed880>Blue</b>: the reference improved on
-it; <b style=background:#d95f0280>orange</b>: it got worse. <u>Underlined</u>: the negative tokens,
-which are ignored or forgotten. <i>Grey</i>: the prompt. Hover over a token or tap it for its
-numbers. · is a space, ⏎ a line break, ⇥ a tab, ⟦a control token⟧, \\x.. bytes of half a character.
-"""
+</style><h1>Which tokens to forget</h1><p>Each token of a response is coloured by its influence, its
+nll under the base model less that under the reference model. <b style=background:#2f7ed880>Blue</b>
+means: the reference improved on it; <b style=background:#d95f0280>orange</b>: it got worse;
+<u>underlined</u>: the negative tokens, which are ignored or forgotten; <i>grey</i>: the prompt.
+Hover over a token or tap it for its numbers. · is a space, ⏎ a line break, ⇥ a tab, ⟦a control
+token⟧, \\x.. bytes of half a character.</p>BODY</html>"""
 # the first two suit the colour-blind; all suit light and dark pages
 COLOURS = {"positive": "#2f7ed8", "negative": "#d95f02", "forget": "#2f7ed8", "sft": "#d95f02"}
 COLOURS |= {"ignore": "#1b9e77", "ref": "#888888"}
@@ -583,13 +575,13 @@ def read_run(out):
             known = math.isfinite(point[1]) and (step["n_neg"] or key != "neg_nll")
             if known and step["stage"] in COLOURS:  # the world's base is not
                 run.curves[key].setdefault(step["stage"], []).append(point)
-        for name, tensor in load_tensors(out / "scores.safetensors")[0].items():
-            setattr(run, name, tensor.numpy())
-        run.response, run.positive = run.response > 0, run.positive > 0
+        tensors, _ = load_tensors(out / "scores.safetensors")
+        vars(run).update((name, tensor.numpy()) for name, tensor in tensors.items())
+        run.response, run.negative = run.response > 0, run.response > run.positive
         run.influence, run.rank = run.nll_base - run.nll_ref, np.zeros_like(run.tokens)
         order = np.argsort(-run.influence[run.response], kind="stable")  # as in partition
         run.rank[np.flatnonzero(run.response)[order]] = np.arange(1, len(order) + 1)
-        fit = len(run.tokens) == len(run.positive) == run.offsets[-1]
+        fit = len(run.tokens) == len(run.negative) == run.offsets[-1]
         require(fit and np.isfinite(run.influence).all(), "scores.safetensors", "damaged")
         scale = np.percentile(np.abs(run.influence[run.response]), 95) or 1  # has the full colour
         run.strength = np.minimum(1, np.abs(run.influence) / scale)
@@ -620,7 +612,7 @@ def print_example(run, i):
         style = "\033[38;5;244m"
         if run.response[t]:
             shade = shades[int(run.influence[t] > 0)][int(4.99 * run.strength[t])]
-            style = f"\033[{'' if run.positive[t] else '4;'}30;48;5;{shade}m"
+            style = f"\033[{'4;' if run.negative[t] else ''}30;48;5;{shade}m"
         text = shown(run, run.tokens[t]).replace("⏎", f"⏎\033[0m\n{style}")
         print(f"{style}{text}", end="\033[0m")
     print("\n\nblue: the reference model improved; orange: it got worse; underlined: negative")
@@ -631,21 +623,18 @@ def example_html(run, i):
     begin, end = run.offsets[i : i + 2]
     start = max(begin, begin + run.response[begin:end].argmax() - 64)
     stop = min(end, start + 320)
-    n, n_pos, total = run.count[i], run.positive[begin:end].sum(), run.count.sum()
-    html = f"<strong>Example {i}</strong>, {n - n_pos} of {n} negative, tokens {start - begin} to "
-    html += f"{stop - begin} of {end - begin}\n"
+    n_neg, total = run.negative[begin:end].sum(), run.count.sum()
+    html = f"<strong>Example {i}</strong>, {n_neg} of {run.count[i]} negative, tokens "
+    html += f"{start - begin} to {stop - begin} of {end - begin}\n"
     for t in range(start, stop):
         name, x = escape(shown(run, run.tokens[t])), run.influence[t]
         text = name.replace("·", "<wbr>·").replace("⏎", "⏎\n")  # where a line may end, or does
-        if run.response[t]:
-            text = text if run.positive[t] else f"<u>{text}</u>"
-            facts = f"{name} — nll {run.nll_base[t]:.3f} base, {run.nll_ref[t]:.3f} reference — "
-            facts += f"influence {x:.3f} — rank {run.rank[t]:,} of {total:,}"
-            colour = COLOURS["positive" if x > 0 else "negative"]
-            colour += f"{int(150 * run.strength[t]):02x}"  # opacity
-            html += f'<b style=background:{colour} tabindex=0 data-t="{facts}">{text}</b>'
-        else:
-            html += f"<i>{text}</i>"
+        text = f"<u>{text}</u>" if run.negative[t] else text
+        facts = f"{name} — nll {run.nll_base[t]:.3f} base, {run.nll_ref[t]:.3f} reference — "
+        facts += f"influence {x:.3f} — rank {run.rank[t]:,} of {total:,}"
+        hue, opacity = COLOURS["positive" if x > 0 else "negative"], int(150 * run.strength[t])
+        cell = f'<b style=background:{hue}{opacity:02x} tabindex=0 data-t="{facts}">{text}</b>'
+        html += cell if run.response[t] else f"<i>{text}</i>"
     return f"<pre>{html}</pre>"
 
 
@@ -675,7 +664,7 @@ def chart(title, y_label, x_label, lines, mark=math.inf):
     def at(x, y):
         return f"{56 + 296 * (x - left) / width:.1f} {178 - 150 * (y - low) / height:.1f}"
 
-    svg, legend = f"<text x=2 y=14>{y_label}</text><text x=204 y=214 class=x>{x_label}</text>", {}
+    svg, legend = f"<text x=2 y=14>{y_label}</text><text x=204 y=214 class=x>{x_label}</text>", ""
     for t in ticks(low, height):
         svg += f'<path stroke="#8885" d="M{at(left, t)}h296"/>'
         svg += f'<text transform="translate({at(left, t)})" x=-6 y=4 class=y>{t:,.6g}</text>'
@@ -684,37 +673,35 @@ def chart(title, y_label, x_label, lines, mark=math.inf):
     for name, *xy in lines:
         x, y = ([v.mean() for v in np.array_split(a, min(len(a), 200))] for a in xy)
         svg += f'<path stroke="{COLOURS[name]}" d="M{" ".join(map(at, x, y))}h0"/>'
-        legend[name] = f"<span style=color:{COLOURS[name]}>■</span> {name} "
+        legend += f"<span style=color:{COLOURS[name]}>■</span> {name} "
     if left <= mark <= left + width:
         svg += f'<path stroke="#888" stroke-dasharray="5 4" d="M{at(mark, low)}v-150"/>'
-    head = f"<figure><strong>{title}</strong><br>{''.join(legend.values())}"
+    head = f"<figure><strong>{title}</strong><br>{legend}"
     return f'{head}<svg viewBox="0 0 376 220" role=img aria-label="{title}">{svg}</svg></figure>'
 
 
 def partition_html(run):
     """Which tokens are negative: by influence, place in the response, example and token; and in the
     embedded world, whether they are the wrong ones."""
-    s, flat = run.settings, (run.influence, run.positive, run.tokens)
-    influence, positive, tokens = (array[run.response] for array in flat)
-    masks = {"negative": ~positive, "positive": positive}
+    s, flat = run.settings, (run.influence, run.negative, run.tokens)
+    influence, negative, tokens = (array[run.response] for array in flat)
+    masks = {"negative": negative, "positive": ~negative}
     within = influence.clip(*np.percentile(influence, (0.1, 99.9)))  # outliers go to the ends
     edges = np.linspace(within.min(), within.max(), 61)
     lines = [stairs(name, within[mask], edges) for name, mask in masks.items()]
-    threshold = influence[positive].min(initial=math.inf)
     title = f"Influence, dashed: the threshold for rho {s['rho']}"
-    yield chart(title, "tokens", "nats", lines, threshold)
+    yield chart(title, "tokens", "nats", lines, influence[~negative].min(initial=math.inf))
     place = np.arange(len(tokens)) - np.repeat(np.cumsum(run.count) - run.count, run.count)
     last = int(np.percentile(place, 99)) + 1  # few responses are longer
-    share = np.bincount(place, ~positive)[:last] / np.bincount(place)[:last]
+    share = np.bincount(place, negative)[:last] / np.bincount(place)[:last]
     lines = [("negative", np.arange(1, last + 1), share)]
     yield chart("Negatives by position", "share of tokens", "place in the response", lines)
-    share = 1 - np.add.reduceat(run.positive, run.offsets[:-1], dtype=int) / run.count
+    share = np.add.reduceat(run.negative, run.offsets[:-1], dtype=int) / run.count
     lines = [stairs("negative", share, np.linspace(0, 1, 21))]
     yield chart("Negatives by example", "examples", "share of its tokens", lines)
-    counts = [np.bincount(tokens[m], minlength=tokens.max() + 1) for m in masks.values()]
-    for name, n in zip(masks, counts):
-        often = [t for t in np.argsort(-n, kind="stable")[:15] if n[t]]
-        rows = [[shown(run, t), *(n[t] for n in counts)] for t in often]
+    counts = [Counter(np.sort(tokens[mask]).tolist()) for mask in masks.values()]
+    for name, count in zip(masks, counts):
+        rows = [[shown(run, t), *(n[t] for n in counts)] for t, _ in count.most_common(15)]
         yield table_html([f"most often {name}", *masks], rows)
     if not s["model"]:
         told = World(s["seed"]).split(s["seed"], s["noise"])["told"]
@@ -748,9 +735,7 @@ def write_report(out):
     parts[title] = [table_html(["", *head], rows)]
     parts["Settings"] = [f"<pre>{escape(json.dumps(run.summary, indent=1))}</pre>"]
     body = (f"<h2>{k}</h2>\n<section>{''.join(v)}</section>\n" for k, v in parts.items())
-    page = f"""<!doctype html><html lang=en><head><meta charset=utf-8><title>Report</title>
-<meta name=viewport content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>Which tokens to forget</h1><p>{LEGEND}</p>{"".join(body)}</body></html>"""
+    page = PAGE.replace("BODY", "".join(body))
     (out / "report.html").write_text(page, "utf-8", "backslashreplace")
     print(f"\nwrote {out / 'report.html'}")
 
@@ -772,7 +757,7 @@ class Settings:
     example: int = opt(-1, "--report: print this example of D_train (from 0) instead", -1, 10**9)
     samples: int = opt(8, "diversity: answers to each prompt", 2, 10**6)
     max_new: int = opt(256, "most tokens of an answer (tydiqa: 50)", 1, 10**6)
-    temperature: float = opt(-1.0, "of sampling; 0 = greedy; -1 = 1 for diversity, else 0", -1, 1e3)
+    temperature: float = opt(None, "of sampling, 0 = greedy; None: diversity 1, else 0", 0, 1e3)
     top_p: float = opt(1.0, "probability mass that is sampled from", 0, 1)
     micro_tokens: int = opt(4096, "most tokens, with padding, in one forward pass", 1, 10**9)
     max_len: int = opt(2048, "tokens; longer examples are cut", 2, 10**9)
@@ -785,9 +770,7 @@ class Settings:
 def main(argv):
     s = Settings(**parse_settings(Settings, argv, __doc__))
     if s.compare:
-        require(len(s.compare) == 2, "--compare", "expected two files")
-        print(*map(json.dumps, compare(*s.compare)), sep="\n")
-        return
+        return print(*map(json.dumps, compare(s.compare)), sep="\n")
     if s.report:
         if s.example < 0:
             return write_report(Path(s.report))
@@ -796,8 +779,6 @@ def main(argv):
     require(s.model and (s.prompt or s.task and s.data), "expected", usage)
     files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
     require(s.prompt or len(files) == len(s.task), "--data", "expected one entry for each task")
-    sensible = s.temperature >= 0 or s.temperature == -1
-    require(sensible, "--temperature", f"{s.temperature} is neither -1 nor from 0 up")
     device, dtype = pick(s.device, s.dtype)
     clash = s.out and any(Path(s.out) == Path(file) for some in files for file in some)
     require(not clash, "--out", f"{s.out} is a data file")
@@ -808,8 +789,7 @@ def main(argv):
     if s.prompt:
         turns = [("user", s.prompt), ("assistant", None)]
         ids, _ = encode(render(turns, tokenizer, s.template), tokenizer)
-        print(*map(visible, say(s, model, tokenizer, [ids], s.max_new, s.temperature)))
-        return
+        return print(*map(visible, say(s, model, tokenizer, [ids], s.max_new, s.temperature)))
     with open(s.out or os.devnull, "w") as out:
         for task, some in zip(s.task, files):
             items = [one for file in some for one in run(task, file, s, model, tokenizer)]
