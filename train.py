@@ -186,7 +186,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
     peak = peak_gb(model, size, s.micro_tokens)
     print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
     left = sum(not log_file.with_name(m).exists() for m in {stage, *s.methods})
-    needed = 24 * size + left * sum(p.nbytes for p in model.parameters())  # states and models
+    needed = 36 * size + left * sum(p.nbytes for p in model.parameters())  # 3 states, models
     free, text = shutil.disk_usage(log_file.parent).free, f"about {needed / 1e9:.1f} GB are needed"
     require(needed < free, log_file.parent, f"{text}, {free / 1e9:.1f} GB are free")
     folder = log_file.with_name(f"{stage}.state")
@@ -304,9 +304,8 @@ def peak_gb(model, trained, micro_tokens):
 
 
 def load(s, path, lora=False):
-    """A checkpoint on the device. Frozen weights are of the dtype of activations; those that train
-    (adapters, or without LoRA all) stay float32 and are cast where used, as in autocast. What is
-    scored is loaded as what is trained."""
+    """A checkpoint on the device, the same to score as to train. Frozen weights are of the dtype of
+    activations; those that train (adapters, or all) stay float32 and are cast where used."""
     device, dtype = pick(s.device, s.dtype)
     torch.manual_seed(s.seed)  # adapters start at random
     model = Transformer.from_pretrained(path, dtype if s.lora_rank else torch.float32, device)
@@ -362,9 +361,10 @@ def save_stage(s, stage, start, model, out, mark):
 def score(s, base_path, data, out):
     """nll [2, total] of response tokens under the base model (theta) and the reference (theta_ref):
     with LoRA one model, twice."""
-    ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
-    base = ref if s.lora_rank else load(s, base_path)
-    if s.lora_rank:
+    if not s.lora_rank:
+        base, ref = load(s, base_path), load(s, out / "ref")
+    else:
+        base = ref = load(s, base_path, lora=True)
         adapter, _ = load_tensors(out / "ref/adapter.safetensors")
         odd = adapter.keys() ^ {name for name in ref.state_dict() if "lora_" in name}
         require(not odd, out / "ref", f"the adapter does not fit: {sorted(odd)[:1]}")
