@@ -180,6 +180,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
     steps = s.epochs * math.ceil(len(data) / s.batch_size)
     steps = min(steps, s.max_steps or steps)
     lam_min, lam_max = (s.lambda_min, s.lambda_max) if negative.any() else (0.0, 0.0)
+
     size = sum(p.numel() for p in params.values())
     print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
     print(f"  {len(data.tokens):,} tokens, {positive.sum():,} in P, {negative.sum():,} in N")
@@ -189,6 +190,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
     needed = 36 * size + left * sum(p.nbytes for p in model.parameters())  # 3 states, models
     free, text = shutil.disk_usage(log_file.parent).free, f"about {needed / 1e9:.1f} GB are needed"
     require(needed < free, log_file.parent, f"{text}, {free / 1e9:.1f} GB are free")
+
     folder = log_file.with_name(f"{stage}.state")
     live = {name: p.detach() for name, p in params.items()}  # what training goes on from
     for name, p in params.items():
@@ -196,6 +198,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
         optimizer.state[p] = moments | {"step": torch.zeros((), device=device)}
         live |= {f"{key} {name}": tensor for key, tensor in optimizer.state[p].items()}
     done, slot = restore(live, folder, mark, log_file, stage)
+
     peak_flops = RANKS * matmul_flops(device, model.dtype)
     order = list(step_rows(len(data), s.batch_size, steps, s.seed))
     model.train()
@@ -207,6 +210,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
         n_pos = sum(int(positive[b.where].sum()) for b in batches)
         n_neg = sum(int(negative[b.where].sum()) for b in batches)
         lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
+
         totals = torch.zeros(4, device=device)  # loss, nll over P, nll over N, asked to stop?
         for i, batch in list(enumerate(batches))[RANK::RANKS]:
             # dropout depends on the micro-batch alone, not on who computes it or what went before
@@ -220,6 +224,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
             by_sign = (torch.where(mask, nll, 0).sum() for mask in (pos, neg))
             totals[:3] += torch.stack([loss, *by_sign]).detach()
         totals[3] = STOP["signal"]
+
         if RANKS > 1:
             dist.all_reduce(totals)
             for p in params.values():  # a process may have had no micro-batch
@@ -237,6 +242,7 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
+
         seconds, tokens = time.perf_counter() - begun, sum(b.tokens.numel() for b in batches)
         record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
         record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
