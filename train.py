@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -274,12 +275,9 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
 def matmul_flops(device, dtype):
     """Floating-point operations a second of a square product: the peak that mfu is measured by."""
     n = 2048 if device.type == "cpu" else 8192
-    a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
-    for _ in range(5):
-        begun = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begun)
-    return 2 * n**3 / best
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5)
+    return 2 * n**3 / min(seconds)
 
 
 def step_flops(model, batches):
