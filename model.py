@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-DEFAULTS = {"model_type": None, "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
-DEFAULTS |= {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-DEFAULTS |= {"max_position_embeddings": 2048}
+DEFAULTS = dict.fromkeys(["model_type", *SIZES])
+DEFAULTS |= dict.fromkeys(["tie_word_embeddings", "attention_bias", "mlp_bias"], False)
+DEFAULTS |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
 MOST = {"num_hidden_layers": 1000, "max_position_embeddings": 10**9}  # of the others: a million
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -68,7 +68,7 @@ def read_json(path):
 def read_config(raw, source="config.json"):
     """The content of a Hugging Face config.json with defaults filled in, as attributes, and whole
     as `raw`. InputError names what is missing or not supported."""
-    cfg = SimpleNamespace(**dict.fromkeys(SIZES) | DEFAULTS | raw, raw=raw)
+    cfg = SimpleNamespace(**DEFAULTS | raw | {"raw": raw})
     require(cfg.model_type in FAMILIES, source, f"model_type is {cfg.model_type!r}, not {FAMILIES}")
     cfg.num_key_value_heads = raw.get("num_key_value_heads") or cfg.num_attention_heads
     for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
@@ -85,9 +85,9 @@ def read_config(raw, source="config.json"):
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     require(isinstance(rope, dict), source, f"rope_parameters or rope_scaling is {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    cfg.rope = {"rope_theta": raw.get("rope_theta") or 1e4, **rope, "rope_type": kind}
     require(kind in ("default", "llama3"), source, f"rope_type is {kind!r}, not default or llama3")
-    cfg.rope["rope_theta"] = cfg.rope["rope_theta"] or 1e4
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 1e4
+    cfg.rope = rope | {"rope_theta": theta, "rope_type": kind}
     needed = ("rope_theta", *LLAMA3) if kind == "llama3" else ("rope_theta",)
     numbers = {key: cfg.rope.get(key) for key in needed} | {"rms_norm_eps": cfg.rms_norm_eps}
     odd = {k: v for k, v in numbers.items() if not isinstance(v, (int, float)) or not 0 < v < 1e30}

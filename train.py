@@ -16,9 +16,9 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,8 @@ WORLD_MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 3
 WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
 
 
+# number of this process and of all: torchrun sets them
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SECONDS = {}  # that each stage took in this process
 STOP = {"in a step": False, "signal": 0}
 
@@ -108,28 +110,22 @@ def progress(stage, step, steps, begun, text="", done=0):
         print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
 
 
-def processes():
-    """(rank of this process, how many there are): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def join_processes():
     """Under torchrun, one process a device: each computes a share of a step's micro-batches, and
     gradients are summed. Only rank 0 writes and prints."""
-    if "RANK" in os.environ:
+    if RANKS > 1:
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if dist.get_rank() > 0:
+        if RANK > 0:
             sys.stdout = open(os.devnull, "w")
 
 
 def write_once(write, *args):
     """Call write(*args) in rank 0 while the others wait."""
-    rank, ranks = processes()
-    if rank == 0:
+    if RANK == 0:
         write(*args)
-    if ranks > 1:
+    if RANKS > 1:
         dist.barrier()
 
 
@@ -148,73 +144,76 @@ def step_rows(n, batch_size, steps, seed):
         yield order[step % per_epoch * batch_size :][:batch_size]
 
 
-def restore(live, folder, mark):
-    """Copy the newest state in a folder that is not damaged into the tensors `live`. Returns its
-    step and which of two files is the next to write: 0, 0 without one."""
-    files = folder.glob("?.safetensors")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+def restore(live, folder, mark, log_file, stage):
+    """Copy the newest state in a folder that is not damaged into the tensors `live`, and cut the
+    log after its step. Returns step and which of two files is the next to write: 0, 0 without."""
+    done, slot, shapes = 0, 0, {name: tensor.shape for name, tensor in live.items()}
+    files = sorted(folder.glob("?.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    for file in reversed(files):
         try:
             tensors, facts = load_tensors(file)
-            fits = {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in live.items()}
-            require(fits or facts.get("fingerprint") != mark, file, "damaged: other shapes")
+            found = json.loads(facts.get("fingerprint", "{}"))
+            fits = {name: tensor.shape for name, tensor in tensors.items()} == shapes
+            require(fits or found != mark, file, "damaged: other shapes")
         except InputError as e:
             print(f"{e}: looking for a state before it", file=sys.stderr)
             continue
-        require_same(folder, facts.get("fingerprint", "{}"), mark)
+        require_same(folder, found, mark)
         for name, tensor in live.items():
             tensor.copy_(tensors[name])
-        print(f"  going on after step {facts['step']}")
-        return int(facts["step"]), 1 - int(file.stem)
-    return 0, 0
+        done, slot = int(facts["step"]), 1 - int(file.stem)
+        print(f"  going on after step {done}")
+        break
+    log = log_file.read_text() if log_file.exists() else ""
+    whole = re.finditer(r'^\{"stage": "(\w+)", "step": (\d+),.*\}\n', log, re.MULTILINE)
+    kept = [line[0] for line in whole if line[1] != stage or int(line[2]) <= done]
+    write_once(write_text, log_file, "".join(kept))
+    return done, slot
 
 
-def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
+def train(model, data, positive, negative, s, stage, log_file, mark={}):
     """Minimise forgetting_loss on Examples, in place, over the parameters that require gradients.
     positive and negative [total] bool are masks over data.tokens. The state is saved beside the log
     with `mark`, the fingerprint of what it was made from; one that is there is gone on from."""
-    device, params = model.head_weight.device, [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, s.lr, weight_decay=s.weight_decay, fused=True)
+    device = model.head_weight.device
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), s.lr, weight_decay=s.weight_decay, fused=True)
     steps = s.epochs * math.ceil(len(data) / s.batch_size)
     steps = min(steps, s.max_steps or steps)
     lam_min, lam_max = (s.lambda_min, s.lambda_max) if negative.any() else (0.0, 0.0)
-    size = sum(p.numel() for p in params)
-    peak = peak_gb(model, size, s.micro_tokens)
+
+    size = sum(p.numel() for p in params.values())
     print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
     print(f"  {len(data.tokens):,} tokens, {positive.sum():,} in P, {negative.sum():,} in N")
+    peak = peak_gb(model, size, s.micro_tokens)
     print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
-    left = [m for m in {stage, *s.methods} if not log_file.with_name(m).exists()]
-    needed = 24 * size + sum(p.nbytes for p in model.parameters()) * len(left)  # states and models
-    free = shutil.disk_usage(log_file.parent).free
-    text = f"about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-    require(needed < free, log_file.parent, text)
-    live, folder = {}, log_file.with_name(f"{stage}.state")
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = moments | {"step": torch.zeros((), device=device)}
-            live |= {f"{key} {name}": tensor for key, tensor in optimizer.state[p].items()}
-            live[name] = p.detach()
-    done, slot = restore(live, folder, mark)
-    rank, ranks = processes()
-    log_file.touch()
-    lines = log_file.read_text().splitlines(keepends=True)
-    found = [re.match(r'\{"stage": "(\w+)", "step": (\d+),.*\}\n', line) for line in lines]
-    kept = [m[0] for m in found if m and (m[1] != stage or int(m[2]) <= done)]
-    write_once(write_text, log_file, "".join(kept))
+    left = sum(not log_file.with_name(m).exists() for m in {stage, *s.methods})
+    needed = 36 * size + left * sum(p.nbytes for p in model.parameters())  # 3 states, models
+    free, text = shutil.disk_usage(log_file.parent).free, f"about {needed / 1e9:.1f} GB are needed"
+    require(needed < free, log_file.parent, f"{text}, {free / 1e9:.1f} GB are free")
+
+    folder = log_file.with_name(f"{stage}.state")
+    live = {name: p.detach() for name, p in params.items()}  # what training goes on from
+    for name, p in params.items():
+        moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = moments | {"step": torch.zeros((), device=device)}
+        live |= {f"{key} {name}": tensor for key, tensor in optimizer.state[p].items()}
+    done, slot = restore(live, folder, mark, log_file, stage)
+
+    peak_flops = RANKS * matmul_flops(device, model.dtype)
+    order = list(step_rows(len(data), s.batch_size, steps, s.seed))
     model.train()
-    peak_flops = ranks * matmul_flops(device, model.dtype)
     start, warned, STOP["in a step"] = time.perf_counter(), False, True
-    order = enumerate(step_rows(len(data), s.batch_size, steps, s.seed))
-    for step, rows in islice(order, done, None):
+    for step in range(done, steps):
         begun = time.perf_counter()
-        batches = [data.batch(part) for part in data.micro_batches(rows, s.micro_tokens)]
+        batches = [data.batch(part) for part in data.micro_batches(order[step], s.micro_tokens)]
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
         n_pos = sum(int(positive[b.where].sum()) for b in batches)
         n_neg = sum(int(negative[b.where].sum()) for b in batches)
         lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
+
         totals = torch.zeros(4, device=device)  # loss, nll over P, nll over N, asked to stop?
-        totals[3] = STOP["signal"]
-        for i, batch in list(enumerate(batches))[rank::ranks]:
+        for i, batch in list(enumerate(batches))[RANK::RANKS]:
             # dropout depends on the micro-batch alone, not on who computes it or what went before
             torch.manual_seed(int(np.random.default_rng([s.seed, step, i]).integers(2**63)))
             pos, neg = positive[batch.where].to(device), negative[batch.where].to(device)
@@ -225,13 +224,15 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
             loss.backward()
             by_sign = (torch.where(mask, nll, 0).sum() for mask in (pos, neg))
             totals[:3] += torch.stack([loss, *by_sign]).detach()
-        if ranks > 1:
-            for p in params:  # a process may have had no micro-batch
+        totals[3] = STOP["signal"]
+
+        if RANKS > 1:
+            dist.all_reduce(totals)
+            for p in params.values():  # a process may have had no micro-batch
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            for tensor in (totals, *(p.grad for p in params)):
-                dist.all_reduce(tensor)
+                dist.all_reduce(p.grad)
         # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
-        norm = torch.nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), s.grad_clip or math.inf)
         loss, pos_nll, neg_nll, stop, norm = *totals.tolist(), float(norm)
         pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / n_neg if n_neg else None
         text = f"loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll or 0:.3f}  lam {lam:.3f}"
@@ -242,13 +243,14 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
+
         seconds, tokens = time.perf_counter() - begun, sum(b.tokens.numel() for b in batches)
         record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
         record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
         record |= {"n_pos": n_pos, "n_neg": n_neg, "tokens": tokens, "seconds": seconds}
-        record |= {"tokens_per_s": tokens / seconds}
-        record |= {"mfu": step_flops(model, batches) / seconds / peak_flops}
-        if rank == 0:
+        record["tokens_per_s"] = tokens / seconds
+        record["mfu"] = step_flops(model, batches) / seconds / peak_flops
+        if RANK == 0:
             with log_file.open("a") as log:
                 log.write(json.dumps(record) + "\n")
         progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s", done)
@@ -257,10 +259,10 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
         if lam and not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
             warned = True
             print(f"\n{stage}: nll of {neg_nll:.1f} on N, worse than a guess: lower --lambda_max")
-        if rank == 0 and (stop or (step + 1) % s.save_every == 0):
+        if RANK == 0 and (stop or (step + 1) % s.save_every == 0):
             publish(log_file, log_file)  # on the disk before the state that counts on it
             folder.mkdir(exist_ok=True)
-            facts = {"step": str(step + 1), "fingerprint": mark}
+            facts = {"step": str(step + 1), "fingerprint": json.dumps(mark)}
             save_tensors(folder / f"{slot}.safetensors", live, facts)
             slot = 1 - slot
         if stop:
@@ -273,12 +275,9 @@ def train(model, data, positive, negative, s, stage, log_file, mark="{}"):
 def matmul_flops(device, dtype):
     """Floating-point operations a second of a square product: the peak that mfu is measured by."""
     n = 2048 if device.type == "cpu" else 8192
-    a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
-    for _ in range(5):
-        begun = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begun)
-    return 2 * n**3 / best
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5)
+    return 2 * n**3 / min(seconds)
 
 
 def step_flops(model, batches):
@@ -286,14 +285,15 @@ def step_flops(model, batches):
     by the input and, where the weight trains, 2 for its own (LoRA: 4 N + 6 A). The head sees
     response tokens only. Attention over a document of L tokens: 2 products of L^2 H D (causal),
     twice that backward. What is computed again does not count."""
-    shapes = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    cost = sum((6 if p.requires_grad else 4) * p.numel() for p in shapes)
-    head = (6 if model.head_weight.requires_grad else 4) * model.head_weight.numel()
-    c = model.cfg
-    square = 6 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+
+    def per_token(weights):
+        return sum((6 if p.requires_grad else 4) * p.numel() for p in weights if p.ndim == 2)
+
+    layers, head = per_token(model.model.layers.parameters()), per_token([model.head_weight])
+    square = 6 * model.cfg.num_attention_heads * model.cfg.head_dim * model.cfg.num_hidden_layers
     lengths = torch.cat([b.documents[0].diff() for b in batches]).double()
     responses = sum(len(b.targets) for b in batches)
-    return float(cost * lengths.sum() + head * responses + square * (lengths**2).sum())
+    return float(layers * lengths.sum() + head * responses + square * (lengths**2).sum())
 
 
 def peak_gb(model, trained, micro_tokens):
@@ -308,9 +308,8 @@ def peak_gb(model, trained, micro_tokens):
 
 
 def load(s, path, lora=False):
-    """A checkpoint on the device. Frozen weights are of the dtype of activations; those that train
-    (adapters, or without LoRA all) stay float32 and are cast where used, as in autocast. What is
-    scored is loaded as what is trained."""
+    """A checkpoint on the device, the same to score as to train. Frozen weights are of the dtype of
+    activations; those that train (adapters, or all) stay float32 and are cast where used."""
     device, dtype = pick(s.device, s.dtype)
     torch.manual_seed(s.seed)  # adapters start at random
     model = Transformer.from_pretrained(path, dtype if s.lora_rank else torch.float32, device)
@@ -327,26 +326,25 @@ def is_done(out, stage, mark):
     """Whether out/stage is there, made from what `mark` says; InputError if from anything else."""
     if not (out / stage).exists():
         return False
-    found = json.dumps(read_json(out / stage / "fingerprint.json"))
-    require_same(out / stage, found, mark)
+    require_same(out / stage, read_json(out / stage / "fingerprint.json"), mark)
     shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
     return True
 
 
-def tune(s, stage, start, data, positive, out, mark):
-    """Train the checkpoint `start` and write out/stage, unless it is there. Only "forget" has
-    negatives. The reference of a LoRA run stays an adapter; all else is a whole checkpoint."""
+def tune(s, stage, start, data, out, mark, positive=None):
+    """Train the checkpoint `start` and write out/stage, unless it is there. Every response token is
+    learned, but by ignore and forget the `positive` ones; forget alone has negatives."""
     if is_done(out, stage, mark):
         return print(f"{stage}: {out / stage} is done")
-    model = load(s, start, lora=True)
-    negative = torch.zeros_like(positive)
-    if stage == "forget":
-        negative = torch.from_numpy(data.response) & ~positive
+    model, response = load(s, start, lora=True), torch.from_numpy(data.response)
+    positive = positive if stage in ("ignore", "forget") else response
+    negative = response & ~positive & (stage == "forget")
     train(model, data, positive, negative, s, stage, out / "log.jsonl", mark)
     write_once(save_stage, s, stage, start, model, out, mark)
 
 
 def save_stage(s, stage, start, model, out, mark):
+    """The reference of a LoRA run stays an adapter; all else is a whole checkpoint."""
     path = out / f"{stage}.tmp"  # renamed when it is whole
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
@@ -358,34 +356,34 @@ def save_stage(s, stage, start, model, out, mark):
         for pattern in ("tokenizer*", "special_tokens*", "generation_config*", "chat_template*"):
             for file in Path(start).glob(pattern):
                 shutil.copy(file, path)
-    (path / "fingerprint.json").write_text(mark)
+    (path / "fingerprint.json").write_text(json.dumps(mark))
     publish(path, out / stage)
     is_done(out, stage, mark)  # so its state goes
 
 
 @torch.no_grad()
 def score(s, base_path, data, out):
-    """nll [total] of response tokens under the base model (theta) and the reference (theta_ref):
+    """nll [2, total] of response tokens under the base model (theta) and the reference (theta_ref):
     with LoRA one model, twice."""
-    ref = load(s, base_path if s.lora_rank else out / "ref", lora=True)
-    base = ref if s.lora_rank else load(s, base_path)
-    if s.lora_rank:
+    if not s.lora_rank:
+        base, ref = load(s, base_path), load(s, out / "ref")
+    else:
+        base = ref = load(s, base_path, lora=True)
         adapter, _ = load_tensors(out / "ref/adapter.safetensors")
-        odd = ref.load_state_dict(adapter, strict=False)
-        lacking = [name for name in odd.missing_keys if "lora_" in name] + odd.unexpected_keys
-        require(not lacking, out / "ref", f"the adapter does not fit, first {lacking[:1]}")
-    nll_base, nll_ref = torch.zeros(2, len(data.tokens))
-    begun, (rank, ranks) = time.perf_counter(), processes()
-    parts = data.micro_batches(np.arange(len(data)), s.micro_tokens)[rank::ranks]
+        odd = adapter.keys() ^ {name for name in ref.state_dict() if "lora_" in name}
+        require(not odd, out / "ref", f"the adapter does not fit: {sorted(odd)[:1]}")
+        ref.load_state_dict(adapter, strict=False)
+    nll, begun = torch.zeros(2, len(data.tokens)), time.perf_counter()
+    parts = data.micro_batches(np.arange(len(data)), s.micro_tokens)[RANK::RANKS]
     for i, rows in enumerate(parts, 1):
         batch = data.batch(rows)
-        for model, nll, adapted in ((ref, nll_ref, True), (base, nll_base, False)):
-            model.use_adapters(adapted)
-            nll[batch.where] = response_nll(model, batch).cpu()
+        for row, model in enumerate((base, ref)):
+            model.use_adapters(row == 1)
+            nll[row, batch.where] = response_nll(model, batch).cpu()
         progress("score", i, len(parts), begun)
-    if ranks > 1:
-        dist.all_reduce(nll_base), dist.all_reduce(nll_ref)
-    return nll_base, nll_ref
+    if RANKS > 1:
+        dist.all_reduce(nll)
+    return nll
 
 
 @cache  # models are large: each is read once
@@ -400,18 +398,16 @@ def folder_digest(folder):
 
 
 def fingerprint(s, stage, sources):
-    """What the files of a stage are made from, as JSON: digests of sources, settings that matter."""
+    """What the files of a stage are made from: digests of sources, settings that matter."""
     unused = HARMLESS + {"forget": [], "ignore": TARGETS[1:]}.get(stage, TARGETS)
-    return json.dumps(sources | {k: v for k, v in asdict(s).items() if k not in unused})
+    return sources | {k: v for k, v in asdict(s).items() if k not in unused}
 
 
 def require_same(path, found, mark):
     """InputError says in what the fingerprint found at a path differs from that of this run."""
-    if found != mark:
-        old, new = json.loads(found), json.loads(mark)
-        pairs = {k: (old.get(k), new.get(k)) for k in old | new if old.get(k) != new.get(k)}
-        differ = ", ".join(f"{k} ({a!s:.9}, now {b!s:.9})" for k, (a, b) in pairs.items())
-        raise InputError(f"{path}: made with another {differ}: delete it, or use another --out")
+    pairs = {k: (found.get(k), mark.get(k)) for k in found | mark if found.get(k) != mark.get(k)}
+    differ = ", ".join(f"{k} ({a!s:.9}, now {b!s:.9})" for k, (a, b) in pairs.items())
+    require(not differ, path, f"made with another {differ}: delete it, or use another --out")
 
 
 def pipeline(s, base, data, ref_data, out, rates):
@@ -425,16 +421,15 @@ def pipeline(s, base, data, ref_data, out, rates):
     marks = {stage: fingerprint(at_rate[stage], stage, sources) for stage in at_rate}
     for stage in METHODS:
         is_done(out, stage, marks[stage])  # if made with another rho, its scores stay as they are
-    positive = torch.from_numpy(ref_data.response)
-    tune(at_rate["ref"], "ref", base, ref_data, positive, out, marks["ref"])
+    tune(at_rate["ref"], "ref", base, ref_data, out, marks["ref"])
     response, file = torch.from_numpy(data.response), out / "scores.safetensors"
-    mark = fingerprint(at_rate["ref"], "ref", sources | {"ref": folder_digest(out / "ref")})
+    mark = marks["ref"] | {"ref": folder_digest(out / "ref")}
     if file.exists():
         scores, facts = load_tensors(file)
-        require_same(file, facts.get("fingerprint", "{}"), mark)
+        require_same(file, json.loads(facts.get("fingerprint", "{}")), mark)
     else:
         arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
-        scores, facts = arrays | {"response": response.byte()}, {"fingerprint": mark}
+        scores, facts = arrays | {"response": response.byte()}, {"fingerprint": json.dumps(mark)}
         scores["nll_base"], scores["nll_ref"] = score(s, base, data, out)
     if facts.get("rho") != str(s.rho):
         # the paper's score: high where the reference, having learned D_ref, expects the token more
@@ -447,8 +442,7 @@ def pipeline(s, base, data, ref_data, out, rates):
         facts |= {"rho": str(s.rho), "threshold": str(threshold)}
         write_once(save_tensors, file, scores, facts)
     for method in s.methods:
-        positive = response if method == "sft" else scores["positive"].bool()
-        tune(at_rate[method], method, base, data, positive, out, marks[method])
+        tune(at_rate[method], method, base, data, out, marks[method], scores["positive"].bool())
     return scores, {"base": base} | {method: out / method for method in s.methods}
 
 
@@ -491,8 +485,7 @@ def pretrain(s, world, out):
         cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
         write_once(Transformer(cfg).init_weights(s.seed).save_pretrained, out / "start")
         corpus = tokenize(enumerate(world.corpus()), tokenizer, "tulu", 64)
-        response = torch.from_numpy(corpus.response)
-        tune(s, "base", out / "start", corpus, response, out, mark)
+        tune(s, "base", out / "start", corpus, out, mark)
 
 
 def world_run(s, world, base, out, rates, names="test"):
@@ -546,35 +539,34 @@ def clashes(given):
 
 
 def main(argv):
-    special = WORLD | {"lr": "one for each stage"}
-    given = parse_settings(Settings, argv, __doc__, special, clashes)
+    given = parse_settings(Settings, argv, __doc__, WORLD | {"lr": "one for each stage"}, clashes)
     s = Settings(**({} if given.get("model") else WORLD) | given)
+    rates = {} if s.model or "lr" in given else WORLD_LR
     STOP.update({"in a step": False, "signal": 0})
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     join_processes()
     device, _ = pick(s.device, s.dtype)
     s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 2048)
-    out, settings = Path(s.out), asdict(s)
-    if not s.model and "lr" not in given:
-        settings["lr"] = WORLD_LR
+    out, tables = Path(s.out), []
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.jsonl").open("a").close()
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written to: {e.strerror}") from None
-    file, tables = out / "summary.json", []
     if s.model:
         tables.append(real_run(s, out))
     else:
         torch.set_num_threads(1)  # a second one only gets in the way of a model this small
-        world, rates = World(s.seed), {} if "lr" in given else WORLD_LR
+        world = World(s.seed)
         pretrain(s, world, out)
         for i in range(s.repeats):
             print(f"\nrun {i + 1} of {s.repeats}, seed {s.seed + i}")
             run, folder = replace(s, seed=s.seed + i), out / f"repeat{i + 1}" if i else out
             tables.append(world_run(run, world, out / "base", folder, rates))
+    file = out / "summary.json"
     seconds = (read_json(file)["seconds"] if file.exists() else {}) | SECONDS
+    settings = asdict(s) | ({"lr": rates} if rates else {})
     summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_once(write_text, file, json.dumps(summary, indent=1))
