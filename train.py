@@ -297,14 +297,15 @@ def step_flops(model, batches):
 
 
 def peak_gb(model, trained, micro_tokens):
-    """Memory at the peak, roughly: the process, weights, 12 bytes a trained parameter (gradient,
-    two moments), what layers keep of a micro-batch (fitted on SmolLM2), a chunk of logits."""
+    """Memory at the peak, roughly: the process with its allocator's slack, weights, 12 bytes a
+    trained parameter (gradient, two moments), what layers keep of a micro-batch, a chunk of logits.
+    Fitted on SmolLM2 on a CPU."""
     c, weights = model.cfg, sum(p.nbytes for p in model.parameters())
     kept = 15 * c.hidden_size + 8 * c.intermediate_size  # values a token and layer
     if trained < sum(p.numel() for p in model.parameters()):  # adapters keep inputs of their own
         kept += 5 * c.hidden_size + 2 * c.intermediate_size
     layers = micro_tokens * kept * model.dtype.itemsize * c.num_hidden_layers
-    return 0.4 + (weights + 12 * trained + layers + 12 * 256 * c.vocab_size) / 1e9
+    return 1.1 + (weights + 12 * trained + layers + 12 * 256 * c.vocab_size) / 1e9
 
 
 def load(s, path, lora=False):

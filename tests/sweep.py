@@ -5,8 +5,9 @@
     python tests/sweep.py rho|lambda|noise|ascent   # where forgetting helps and where it hurts
 
 Worlds 1 to 4 serve the choice and worlds 201 to 203 the measurements; each is pretrained once, into
-OUT/world* (delete it when train.py or data.py change), and run with five seeds (rho to ascent: three). Prints mean ± standard deviation over all
-runs of all worlds, and paired differences with their standard error.
+OUT/world* (delete it when train.py or data.py change), and run with five seeds (rho to ascent:
+three). Prints mean ± standard deviation over all runs of all worlds, and paired differences with
+their standard error.
 """
 
 import argparse
