@@ -123,6 +123,8 @@ def join_processes():
 
 def write_once(write, *args):
     """Call write(*args) in rank 0 while the others wait."""
+    if RANKS > 1:
+        dist.barrier()  # all have read what stood there: what it says decides what they do
     if RANK == 0:
         write(*args)
     if RANKS > 1:

@@ -22,6 +22,7 @@ import data
 from data import Examples, Tokenizer, World, read_examples
 from eval import examples_nll
 from model import Transformer
+import train as train_module
 from train import Settings, lr_at, step_rows, train
 
 LOG_KEYS = "stage step steps loss pos_nll neg_nll lam lr grad_norm n_pos n_neg tokens seconds"
@@ -654,3 +655,14 @@ def test_two_processes_give_the_losses_and_weights_of_one(lora_rank, checkpoint,
     weights = [load_file(tmp_path / name / "forget/model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(*(w[name] for w in weights), rtol=0, atol=2e-3)
+
+
+def test_nothing_is_replaced_before_every_process_has_read_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_module.dist, "barrier", lambda: calls.append("barrier"))
+    for rank, wanted in ((0, ["barrier", "write", "barrier"]), (1, ["barrier", "barrier"])):
+        monkeypatch.setattr(train_module, "RANK", rank)
+        monkeypatch.setattr(train_module, "RANKS", 2)
+        train_module.write_once(calls.append, "write")
+        assert calls == wanted
+        calls.clear()
