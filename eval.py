@@ -106,7 +106,7 @@ def pick(device, dtype):
     """(torch.device, torch.dtype) of two settings; "auto" is an accelerator if there is one, and
     bfloat16 where the device multiplies it faster than float32."""
     if device == "auto":
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         probe = torch.zeros(1, device=device)
         device, _ = probe.device, probe.item()  # meta holds no values

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import Examples, Tokenizer, World, read_examples
-from eval import examples_nll
+from eval import examples_nll, pick
 from model import Transformer
 import train as train_module
 from train import Settings, lr_at, step_rows, train
@@ -516,6 +516,7 @@ BAD_USAGE = {
     "rho": ([*MODEL, "--rho", "1.5"], "--rho"),
     "rho nan": ([*MODEL, "--rho", "nan"], "--rho"),
     "lr": ([*MODEL, "--lr", "fast"], "--lr"),
+    "dropout": ([*MODEL, "--lora_dropout", "1"], "--lora_dropout"),
     "negative lr": ([*MODEL, "--lr", "-1"], "--lr"),
     "batch_size": ([*MODEL, "--batch_size", "0"], "--batch_size"),
     "max_len": ([*MODEL, "--max_len", "1"], "--max_len"),
@@ -585,6 +586,14 @@ def test_a_broken_model_ends_in_a_sentence_not_a_traceback(checkpoint, files, tm
     assert run_script("train.py", *argv) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error and "lower" in error and len(error.splitlines()) <= 3
+
+
+def test_auto_is_the_cpu_where_torch_knows_accelerators_but_the_machine_has_none(monkeypatch):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    # what `pip install torch` says on a machine without a GPU
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    assert pick("auto", "auto")[0].type == "cpu"
 
 
 def test_help_names_every_setting_and_its_default(capsys):
