@@ -54,7 +54,7 @@ class Settings:
     ascent: str = opt("nll", "raise the nll (the paper) or a bounded form", "nll", "unlikelihood")
     lora_rank: int = opt(64, "rank of the adapters; 0 = full fine-tuning", 0, 65536)
     lora_alpha: float = opt(16.0, "adapters are scaled by lora_alpha / lora_rank", 0, 1e6)
-    lora_dropout: float = opt(0.1, "dropout on the adapters' input", 0, 1)
+    lora_dropout: float = opt(0.1, "dropout on the adapters' input", 0, 0.99)
     lr: float = opt(1e-4, "peak learning rate", 0, 1e6)
     warmup: float = opt(0.03, "share of the steps in which lr rises", 0, 1)
     weight_decay: float = opt(0.0, "AdamW weight decay, per step and lr", 0, 1e6)
@@ -166,8 +166,8 @@ def restore(live, folder, mark, log_file, stage):
         done, slot = int(facts["step"]), 1 - int(file.stem)
         print(f"  going on after step {done}")
         break
-    log = log_file.read_text() if log_file.exists() else ""
-    whole = re.finditer(r'^\{"stage": "(\w+)", "step": (\d+),.*\}\n', log, re.MULTILINE)
+    log = log_file.read_text(errors="replace") if log_file.exists() else ""
+    whole = re.finditer(r'^\{"stage": "(\w+)", "step": (\d+),[ -~]*\}\n', log, re.MULTILINE)
     kept = [line[0] for line in whole if line[1] != stage or int(line[2]) <= done]
     write_once(write_text, log_file, "".join(kept))
     return done, slot
@@ -568,7 +568,7 @@ def main(argv):
             run, folder = replace(s, seed=s.seed + i), out / f"repeat{i + 1}" if i else out
             tables.append(world_run(run, world, out / "base", folder, rates))
     file = out / "summary.json"
-    seconds = (read_json(file)["seconds"] if file.exists() else {}) | SECONDS
+    seconds = (read_json(file).get("seconds", {}) if file.exists() else {}) | SECONDS
     settings = asdict(s) | ({"lr": rates} if rates else {})
     summary = {"table": show(tables), "settings": settings, "seconds": seconds}
     summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -179,6 +179,26 @@ def test_a_full_disk_is_found_at_the_start_and_later_harms_nothing(
     assert content(out) == content(whole[0])
 
 
+def test_a_flipped_byte_in_the_log_costs_its_line_alone(whole, halted, tmp_path):
+    out = Path(shutil.copytree(halted, tmp_path / "out"))
+    damaged = bytearray((out / "log.jsonl").read_bytes())
+    damaged[60] ^= 128
+    (out / "log.jsonl").write_bytes(damaged)
+    assert run_script("train.py", *whole[1], "--out", out) == 0
+    steps = [
+        [(r["stage"], r["step"]) for r in map(json.loads, (path / "log.jsonl").open())]
+        for path in (out, whole[0])
+    ]
+    assert steps[0] == steps[1][1:]
+
+
+def test_a_summary_without_seconds_does_not_stop_a_run_at_its_end(whole, tmp_path):
+    out = Path(shutil.copytree(whole[0], tmp_path / "out"))
+    (out / "summary.json").write_text("{}")
+    assert run_script("train.py", *whole[1], "--out", out) == 0
+    assert content(out) == content(whole[0])
+
+
 def test_an_out_that_cannot_be_written_is_refused(whole, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out"
