@@ -137,11 +137,13 @@ def batches(lengths, micro_tokens):
 
 def response_nll(model, batch):
     """nll [N] float32 of the response tokens of a Batch under teacher forcing; differentiable."""
-    device, (ends, longest) = model.head_weight.device, batch.documents
-    places = batch.tokens.to(device), batch.positions.to(device)
-    hidden = model.hidden(*places, documents=(ends.to(device), longest))[0]  # [T, C]
-    hidden = hidden[batch.index.to(device)]  # [N, C]: the head sees no prompt
-    return token_nll(hidden, model.head_weight, batch.targets.to(device))
+    device = model.head_weight.device
+    tokens, positions, (ends, longest), index, targets, _ = batch
+    arrays = tokens, positions, ends, index, targets
+    # non_blocking: a step waits for the device at its log alone
+    tokens, positions, ends, index, targets = (x.to(device, non_blocking=True) for x in arrays)
+    hidden = model.hidden(tokens, positions, documents=(ends, longest))[0]  # [T, C]
+    return token_nll(hidden[index], model.head_weight, targets)  # the head sees no prompt
 
 
 @torch.no_grad()
