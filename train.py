@@ -6,6 +6,7 @@
 `pipeline` is the method: reference -> score -> partition -> fine-tune; `train` is its loop.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -218,7 +219,8 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
         for i, batch in list(enumerate(batches))[RANK::RANKS]:
             # dropout depends on the micro-batch alone, not on who computes it or what went before
             torch.manual_seed(int(np.random.default_rng([s.seed, step, i]).integers(2**63)))
-            pos, neg = positive[batch.where].to(device), negative[batch.where].to(device)
+            masks = (mask[batch.where] for mask in (positive, negative))
+            pos, neg = (mask.to(device, non_blocking=True) for mask in masks)
             longer = batch.tokens.numel() > s.micro_tokens  # one example: it may not take more
             model.checkpointing = s.activation_checkpointing or longer
             nll = response_nll(model, batch)  # [N]
@@ -554,9 +556,14 @@ def main(argv):
     out, tables = Path(s.out), []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").open("a").close()
+        lock = (out / ".lock").open("a")  # held to the end of this process
     except OSError as e:
         raise InputError(f"--out {out}: cannot be written to: {e.strerror}") from None
+    try:
+        if RANK == 0:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:  # some file systems know no locks
+        require(not isinstance(e, BlockingIOError), f"--out {out}", "another run writes to it")
     if s.model:
         tables.append(real_run(s, out))
     else:

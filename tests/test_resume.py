@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from copy import deepcopy
 from itertools import count
@@ -195,6 +197,21 @@ def test_a_flipped_byte_in_the_log_costs_its_line_alone(whole, halted, tmp_path)
 def test_a_summary_without_seconds_does_not_stop_a_run_at_its_end(whole, tmp_path):
     out = Path(shutil.copytree(whole[0], tmp_path / "out"))
     (out / "summary.json").write_text("{}")
+    assert run_script("train.py", *whole[1], "--out", out) == 0
+    assert content(out) == content(whole[0])
+
+
+def test_two_runs_do_not_write_to_one_directory_at_a_time(whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    code = "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.lockf(lock, fcntl.LOCK_EX); "
+    command = [sys.executable, "-c", code + "print(flush=True); input()", str(out / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()  # it holds the lock
+        status = run_script("train.py", *whole[1], "--out", out)
+        assert_refused(capsys.readouterr(), status, "another run", str(out))
+        assert [file.name for file in out.iterdir()] == [".lock"]
+        other.kill()
     assert run_script("train.py", *whole[1], "--out", out) == 0
     assert content(out) == content(whole[0])
 
