@@ -2,7 +2,7 @@
 
     python tests/bench.py --model SmolLM2 --data rows.jsonl --mode lora full score --steps 3
     python tests/bench.py --model SmolLM2 --data rows.jsonl --mode lora peer_lora --rounds 3
-    python tests/bench.py --model SmolLM2 --data rows.jsonl --mode pipeline tokenize
+    python tests/bench.py --model SmolLM2 --data rows.jsonl --mode pipeline tokenize reading
     python tests/bench.py --mode loss plain_loss partition million
 
 lora, full and score are train.py's own code; `limit` is the step's matrix products alone, of the
@@ -10,10 +10,11 @@ real shapes, at the rate measured beside it, with logits at response positions o
 what is reached of it. peer_* is a tuned transformers + peft loop: autocast, batches sorted by
 length, 1,024 tokens with padding in a micro-batch, fused AdamW; peer_*_malloc has this project's
 allocator settings, too; peer_*_published has the layout of the published code: 2 rows (scoring: 6)
-padded to the longer, in random order, full fine-tuning with recomputation. pipeline is everything from the reference to the fine-tuned checkpoint.
-loss and plain_loss: memory at N = 8k, V = 128,256, d = 2,048, bf16, of token_nll and of the plain
-form. million: 1 M synthetic examples, 250 M tokens, through reading, partition and batch order. The
-modes take turns, each in a process of its own, so that its peak memory is its own.
+padded to the longer, in random order, full fine-tuning with recomputation. pipeline is everything
+from the reference to the fine-tuned checkpoint. loss and plain_loss: memory at N = 8k, V = 128,256,
+d = 2,048, bf16, of token_nll and of the plain form. reading: the data, repeated to 1 M examples,
+from a file to flat arrays; million: 1 M synthetic examples, 250 M tokens, through partition and
+batch order. The modes take turns, each in a process of its own, so that its peak memory is its own.
 """
 
 import argparse
@@ -216,8 +217,8 @@ def tokenize_rate(s):
 
 
 def million(n=1_000_000, length=250):
-    """Seconds for each stage of 1 M examples, 250 M tokens: write and read a scores file, rank all
-    tokens, one epoch's order and its micro-batches."""
+    """Seconds for each stage of 1 M examples, 250 M tokens: rank all response tokens, take every
+    other example, cut all for scoring, lay out 2,000 micro-batches, the steps of an epoch."""
     rng, seconds = np.random.default_rng(0), {}
 
     def timed(name, work):
