@@ -80,5 +80,7 @@ def bench(path, data, items=48, rounds=3, dtype="auto", micro_tokens=4096):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     path, data, *more = sys.argv[1:]
     bench(path, data, *map(int, more[:2]), *more[2:])
