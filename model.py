@@ -127,7 +127,7 @@ def keep_mask(x, p):
     """A random mask like x, 1 with probability 1 - p (to 1/65536), else 0: dropout without its
     scale. On a CPU bernoulli_ draws one element at a time; this draws four, of 16 bits each."""
     if x.device.type != "cpu":
-        # not bernoulli_: compiled by inductor it gave NaN
+        # not bernoulli_: compiled by inductor (tried on a CPU) it gave NaN
         return (torch.rand_like(x, dtype=torch.float32) >= p).to(x.dtype)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = draws.view(torch.int16)[: x.numel()].ge_(round(p * 2**16) - 2**15)

@@ -211,16 +211,15 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
         begun = time.perf_counter()
         batches = [data.batch(part) for part in data.micro_batches(order[step], s.micro_tokens)]
         # counts of the whole step: the loss does not depend on how it is cut into micro-batches
-        n_pos = sum(int(positive[b.where].sum()) for b in batches)
-        n_neg = sum(int(negative[b.where].sum()) for b in batches)
+        masks = [(positive[b.where], negative[b.where]) for b in batches]
+        n_pos, n_neg = (sum(int(mask.sum()) for mask in kind) for kind in zip(*masks))
         lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
 
         totals = torch.zeros(4, device=device)  # loss, nll over P, nll over N, asked to stop?
         for i, batch in list(enumerate(batches))[RANK::RANKS]:
             # dropout depends on the micro-batch alone, not on who computes it or what went before
             torch.manual_seed(int(np.random.default_rng([s.seed, step, i]).integers(2**63)))
-            masks = (mask[batch.where] for mask in (positive, negative))
-            pos, neg = (mask.to(device, non_blocking=True) for mask in masks)
+            pos, neg = (mask.to(device, non_blocking=True) for mask in masks[i])
             longer = batch.tokens.numel() > s.micro_tokens  # one example: it may not take more
             model.checkpointing = s.activation_checkpointing or longer
             nll = response_nll(model, batch)  # [N]
