@@ -19,9 +19,9 @@ def token_nll(hidden, head_weight, targets, chunk=256):
     nats.
 
     hidden [N, d] are the final hidden states at the positions that *predict* the N response tokens,
-    head_weight [V, d] the output head in any float dtype, targets [N] int64 token ids (no -100:
-    leave such positions out). Returns [N] float32. Matrix products run in the dtype of `hidden`,
-    all else in float32. Only `chunk` rows of the N x V logits exist at a time.
+    head_weight [V, d] the output head in any float dtype, targets [N] int64 token ids (-100 is an
+    error: leave such positions out). Returns [N] float32. Matrix products run in the dtype of
+    `hidden`, all else in float32. Only `chunk` rows of the N x V logits exist at a time.
     """
     if hidden.shape[:1] != targets.shape or hidden.shape[1:] != head_weight.shape[1:]:
         shapes = f"{list(hidden.shape)}, {list(head_weight.shape)}, {list(targets.shape)}"
@@ -39,10 +39,10 @@ class TokenNLL(torch.autograd.Function):
         W, nll, grad = head_weight.to(hidden.dtype), [], []
         frozen_head = hidden.requires_grad and not head_weight.requires_grad
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = (h @ W.T).float()  # [chunk, V]
-            nll.append(F.cross_entropy(logits, t, reduction="none"))
+            logp = (h @ W.T).float().log_softmax(-1)  # [chunk, V]
+            nll.append(-logp.gather(1, t[:, None])[:, 0])
             if frozen_head:
-                grad.append(grad_logits(logits, t).to(W.dtype) @ W)
+                grad.append(minus_onehot(logp.exp_(), t).to(W.dtype) @ W)
         kept = (torch.cat(grad),) if frozen_head else (hidden, head_weight, targets)
         ctx.save_for_backward(*kept)
         ctx.chunk = chunk
@@ -58,15 +58,14 @@ class TokenNLL(torch.autograd.Function):
         W, grad = head_weight.to(hidden.dtype), []
         grad_W = torch.zeros_like(head_weight, dtype=torch.float32)  # the sum over chunks
         for h, t, g in zip(*(x.split(ctx.chunk) for x in (hidden, targets, g))):
-            by_logits = (grad_logits((h @ W.T).float(), t) * g[:, None]).to(W.dtype)
+            by_logits = minus_onehot((h @ W.T).float().softmax(-1), t).mul_(g[:, None]).to(W.dtype)
             grad.append(by_logits @ W)
             grad_W += by_logits.T @ h
         return torch.cat(grad), grad_W.to(head_weight.dtype), None, None
 
 
-def grad_logits(logits, targets):
-    """softmax(logits) - onehot(targets), [N, V]"""
-    p = logits.softmax(-1)
+def minus_onehot(p, targets):
+    """p - onehot(targets), in place, [N, V]"""
     p[torch.arange(len(p), device=p.device), targets] -= 1
     return p
 

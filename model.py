@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -181,6 +180,8 @@ def packed_attention(q, k, v, documents):
     [1, T, K, D]; documents = (ends [n + 1] int32, 0 first; longest)."""
     ends, longest = documents
     if q.is_cuda and q.dtype == torch.bfloat16:
+        from torch.nn.attention.varlen import varlen_attn  # takes a second and 70 MB
+
         causal = {"window_size": (-1, 0), "enable_gqa": q.shape[2] > k.shape[2]}
         return varlen_attn(q[0], k[0], v[0], ends, ends, longest, longest, **causal)[None]
     parts, begin = [], 0

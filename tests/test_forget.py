@@ -141,6 +141,14 @@ def test_token_nll_refuses_shapes_that_do_not_fit():
             token_nll(*bad)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_token_nll_refuses_the_ignore_index_of_other_libraries(frozen):
+    hidden, head, targets, _ = problem(4)
+    targets[2] = -100
+    with pytest.raises((IndexError, RuntimeError), match="-100 is out of bounds"):
+        token_nll(hidden.requires_grad_(), head.requires_grad_(not frozen), targets)
+
+
 # --- partition -----------------------------------------------------------------------------------
 
 
