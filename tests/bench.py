@@ -1,5 +1,6 @@
 """Speed and memory on this machine, a line of JSON for each figure. Not a test: run by hand.
 
+    python tests/bench.py --draw ../shared/data/sft/pool_messages.jsonl.gz > rows.jsonl
     python tests/bench.py --model SmolLM2 --data rows.jsonl --mode lora full score --steps 3
     python tests/bench.py --model SmolLM2 --data rows.jsonl --mode lora peer_lora --rounds 3
     python tests/bench.py --model SmolLM2 --data rows.jsonl --mode pipeline tokenize reading
@@ -10,8 +11,10 @@ real shapes, at the rate measured beside it, with logits at response positions o
 what is reached of it. peer_* is a tuned transformers + peft loop: autocast, batches sorted by
 length, 1,024 tokens with padding in a micro-batch, fused AdamW; peer_*_malloc has this project's
 allocator settings, too; peer_*_published has the layout of the published code: 2 rows (scoring: 6)
-padded to the longer, in random order, full fine-tuning with recomputation. pipeline is everything
-from the reference to the fine-tuned checkpoint. loss and plain_loss: memory at N = 8k, V = 128,256,
+padded to the longer, in random order, full fine-tuning with recomputation. trl_lora and trl_full
+are TRL's SFTTrainer, plain SFT, without padding, 4 rows a pass (needs trl and datasets). pipeline
+is everything from the reference to the fine-tuned checkpoint. --draw prints the rows of README's
+table: 200 of each large source of the pool. loss and plain_loss: memory at N = 8k, V = 128,256,
 d = 2,048, bf16, of token_nll and of the plain form. reading: the data, repeated to 1 M examples,
 from a file to flat arrays; million: 1 M synthetic examples, 250 M tokens, through partition and
 batch order. The modes take turns, each in a process of its own, so that its peak memory is its own.
@@ -183,6 +186,62 @@ def peer(s, mode, variant, steps):
     return {"tokens_per_s": tokens / (time.perf_counter() - begun), "peak_gb": peak_gb()}
 
 
+def trl(s, mode, steps):
+    """Training tokens/s of TRL, the first step left out."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        ends = []
+
+        def on_step_end(self, *args, **more):
+            self.ends.append(time.perf_counter())
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    data = some_examples(s, steps)
+    labels = np.where(data.response, data.tokens, -100)
+    spans = [slice(a, b) for a, b in zip(data.offsets, data.offsets[1:])]
+    rows = [{"input_ids": data.tokens[x].tolist(), "labels": labels[x].tolist()} for x in spans]
+    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    lora = {"lora_alpha": s.lora_alpha, "lora_dropout": s.lora_dropout, "target_modules": names}
+    with tempfile.TemporaryDirectory() as folder:
+        how = {"output_dir": folder, "save_strategy": "no", "report_to": [], "use_cpu": True}
+        how |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6, "bf16": True}
+        how |= {
+            "padding_free": True,
+            "max_length": None,
+            "gradient_checkpointing": False,
+            "max_steps": steps + 1,
+        }
+        how |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "learning_rate": s.lr}
+        trainer = InOrder(
+            AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32),
+            SFTConfig(**how),
+            train_dataset=Dataset.from_list(rows),
+            peft_config=LoraConfig(r=s.lora_rank, **lora) if mode == "lora" else None,
+            callbacks=[Clock],
+        )
+        trainer.train()
+    tokens = data.offsets[-1] - data.offsets[s.batch_size]
+    rate = tokens / (Clock.ends[-1] - Clock.ends[0])
+    return {"tokens_per_s": float(rate), "peak_gb": peak_gb()}
+
+
+def draw(file, n=200):
+    """Print n random rows of each of the pool's large sources."""
+    rows = {}
+    for _, value in read_file(file):
+        rows.setdefault(value["source"], []).append(json.dumps(value))
+    rng = np.random.default_rng(0)
+    for source in ("dolly", "gsm8k", "oasst1"):
+        print(*(rows[source][i] for i in rng.choice(len(rows[source]), n, False)), sep="\n")
+
+
 def pipeline(s, steps):
     """Real tokens of D_train a second from the reference to the saved checkpoint."""
     keep_freed_memory()
@@ -258,32 +317,44 @@ def partition_rate(n=10_000_000):
     return {"tokens": n, "seconds": seconds_of(lambda: partition(influence, 0.7), 3)}
 
 
+MODES = "lora full score pipeline loss plain_loss partition million tokenize reading".split()
+MODES += [f"peer_{m}{v}" for m in ("lora", "full", "score") for v in ("", "_malloc", "_published")]
+MODES += ["trl_lora", "trl_full"]
+
+
 def measure(mode, s, steps):
     kind, _, rest = mode.partition("_")
     if mode in ("lora", "full", "score"):
         return own(s, mode, steps)
     if kind == "peer":
         return peer(s, *rest.partition("_")[::2], steps)
-    if mode == "pipeline":
-        return pipeline(s, steps)
-    if mode in ("loss", "plain_loss"):
-        return loss_memory(mode == "plain_loss")
-    other = {"partition": partition_rate, "million": million}
-    return (
-        other[mode]() if mode in other else {"tokenize": tokenize_rate, "reading": reading}[mode](s)
-    )
+    if kind == "trl":
+        return trl(s, rest, steps)
+    others = {
+        "pipeline": lambda: pipeline(s, steps),
+        "loss": lambda: loss_memory(False),
+        "plain_loss": lambda: loss_memory(True),
+        "partition": partition_rate,
+        "million": million,
+        "tokenize": lambda: tokenize_rate(s),
+        "reading": lambda: reading(s),
+    }
+    return others[mode]()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="")
     parser.add_argument("--data", nargs="+", default=[])
-    parser.add_argument("--mode", nargs="+", required=True)
+    parser.add_argument("--mode", nargs="+", default=[], choices=MODES, metavar="MODE")
+    parser.add_argument("--draw", help="a pool: print rows of it")
     parser.add_argument("--steps", type=int, default=3, help="of 24 examples, after one to warm up")
     parser.add_argument("--rounds", type=int, default=1, help="that the modes take turns for")
     parser.add_argument("--micro_tokens", type=int, default=1024)
     parser.add_argument("--template", default="tulu")
     given = parser.parse_args()
+    if given.draw:
+        return draw(given.draw)
     s = T.Settings(model=given.model, data=given.data, micro_tokens=given.micro_tokens)
     s = replace(s, template=given.template)
     if given.rounds == 1 and len(given.mode) == 1:
