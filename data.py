@@ -44,7 +44,8 @@ class Tokenizer:
         read = read_bpe if Path(path, "tokenizer.json").exists() else read_llama3
         ranks, split, self.control, self.nfc, self.add_bos = read(Path(path))
         ids = [*ranks.values(), *self.control.values()]
-        require(len(set(ids)) == len(ids), path, "two tokens of its tokenizer have one id")
+        self.known = {*ids}
+        require(len(self.known) == len(ids), path, "two tokens of its tokenizer have one id")
         self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
         may = MAY_LACK if split in (GPT2_SPLIT, DIGITS_SPLIT) else ()
         lost = {*self.lacking}.difference(may, (0xC0, 0xC1), range(0xF5, 256))  # not of UTF-8
@@ -90,7 +91,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        return self.bpe.decode([i for i in ids if i < self.vocab_size])  # a model may have more
+        return self.bpe.decode([i for i in ids if i in self.known])  # a model may have more
 
 
 def read_bpe(path):
@@ -131,9 +132,11 @@ def read_bpe(path):
         whole = bpe.get("ignore_merges") and not cut and BYTE_OF.keys() >= set(token)
         require(whole, file, f"token {token!r} that no merge makes")
     ranks = {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
-    post = sum((step.get("single", []) for step in steps("post_processor", "processors")), [])
-    single = " ".join(kind for part in post for kind in part)
-    require(single in ("", "Sequence", "SpecialToken Sequence"), file, f"post_processor {single}")
+    post = steps("post_processor", "processors")
+    single = " ".join(kind for step in post for part in step.get("single", []) for kind in part)
+    known = {step["type"] for step in post} <= {"ByteLevel", "TemplateProcessing"}
+    known &= single in ("", "Sequence", "SpecialToken Sequence")
+    require(known, file, f"post_processor {post}")
     return ranks, split, control, bool(normal), "SpecialToken" in single
 
 
@@ -202,7 +205,8 @@ def example_pieces(example, tokenizer, template):
         require(listed, "messages", "expected a list of objects")
         turns = [(m.get("role"), m.get("content")) for m in messages]
         roles = [role for role, _ in turns]
-        require("assistant" in roles and roles[0] != "assistant", "messages", "no turn is answered")
+        require("assistant" in roles, "messages", "no turn of the assistant")
+        require(roles[0] != "assistant", "messages", "the first turn is the assistant's")
     else:
         require(form, "expected", f"messages, or {', or '.join(FORMATS)}")
         values = {key: value for key, value in example.items() if value is not None}

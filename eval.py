@@ -1,5 +1,5 @@
 """Measure a checkpoint: answer a prompt, or run benchmarks from their original files, item by item
-as lm-evaluation-harness 0.4.13 does (for tydiqa: as the paper's script does).
+as lm-evaluation-harness 0.4.13 does in float32 (for tydiqa: as the paper's script does).
 
     python eval.py --model out/forget --prompt "What is the capital of France?"
     python eval.py --model out/forget --task boolq --data val.jsonl --out boolq.jsonl
@@ -399,7 +399,7 @@ def squad(said, golds):
 
 def diversity(answers):
     """Of answers to one prompt, in words between white space: distinct_n, different over all
-    n-grams (Li et al., arXiv 1510.03055); self_bleu, mean BLEU-4 of each answer against the others
+    n-grams (Li et al., arXiv 1510.03055, divide by words); self_bleu, mean BLEU-4 of each answer against the others
     (Zhu et al., arXiv 1802.01886; an order without match counts 0.1 of one: Chen and Cherry 2014,
     method 1); length, mean words; repeats, share of answers that equal an earlier one."""
     texts, bleu, result = [answer.split() for answer in answers], [], {}
@@ -463,6 +463,7 @@ def run(task, file, s, model, tokenizer):
         for i, one in enumerate(items):
             texts = said[i * s.samples :][: s.samples]
             one |= {"continuations": texts} | diversity(texts)
+            del one["tokens"]  # of the reference answer: no weight here
     elif task == "nll":
         some = examples[0].subset(range(len(items)))
         nll = examples_nll(model, some, s.micro_tokens).double().numpy()
@@ -477,14 +478,19 @@ def run(task, file, s, model, tokenizer):
     return [{"task": task, "index": i} | one for i, one in enumerate(items)]
 
 
+def metric_names(one):
+    """The metrics of an item: what stands behind "chosen"."""
+    return [*one][[*one].index("chosen") + 1 :]
+
+
 def averages(items, first=None):
-    """Yields (metric, [n] values, mean, standard error, {language: mean}) for what stands behind
-    "chosen". nll is a mean over tokens, whose standard error takes examples as the draws; over
-    several languages a mean is that of their means. Given `first`, of the differences from it."""
+    """Yields (metric, [n] values, mean, standard error, {language: mean}). nll is a mean over
+    tokens, whose standard error takes examples as the draws; over several languages a mean is that
+    of their means. Given `first`, of the differences from it."""
     languages, group = np.unique([one.get("language", "") for one in items], return_inverse=True)
     tokens, n = np.array([one.get("tokens", 1) for one in items]), np.bincount(group)[group]
     share = tokens / np.bincount(group, tokens)[group]
-    for name in list(items[0])[list(items[0]).index("chosen") + 1 :]:
+    for name in metric_names(items[0]):
         x = np.array([one[name] for one in items], dtype=float)
         if first:
             x -= [one[name] for one in first]
@@ -519,6 +525,8 @@ def compare(files):
     for x, y in zip(a, b) if same else ():
         same &= {"task", "chosen"} <= x.keys() == y.keys()
         same &= all(x.get(k) == y.get(k) for k in ("task", "index", "context", "gold"))
+        values = (one[name] for one in (x, y) for name in metric_names(one)) if same else ()
+        same &= all(isinstance(value, (int, float)) for value in values)
     require(same, " and ".join(files), "expected --out files of the same items")
     for task in dict.fromkeys(one["task"] for one in a):
         first, second = ([one for one in items if one["task"] == task] for items in (a, b))
@@ -669,7 +677,8 @@ def chart(title, y_label, x_label, lines, mark=math.inf):
     def at(x, y):
         return f"{56 + 296 * (x - left) / width:.1f} {178 - 150 * (y - low) / height:.1f}"
 
-    svg, legend = f"<text x=2 y=14>{y_label}</text><text x=204 y=214 class=x>{x_label}</text>", ""
+    title, legend = escape(title), ""
+    svg = f"<text x=2 y=14>{y_label}</text><text x=204 y=214 class=x>{x_label}</text>"
     for t in ticks(low, height):
         svg += f'<path stroke="#8885" d="M{at(left, t)}h296"/>'
         svg += f'<text transform="translate({at(left, t)})" x=-6 y=4 class=y>{t:,.6g}</text>'
@@ -785,7 +794,8 @@ def main(argv):
     files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
     require(s.prompt or len(files) == len(s.task), "--data", "expected one entry for each task")
     device, dtype = pick(s.device, s.dtype)
-    clash = s.out and any(Path(s.out) == Path(file) for some in files for file in some)
+    names = map(os.path.realpath, [s.demos, *(file for some in files for file in some)])
+    clash = s.out and os.path.realpath(s.out) in names
     require(not clash, "--out", f"{s.out} is a data file")
     model = Transformer.from_pretrained(s.model, dtype, device).eval()
     tokenizer, results = Tokenizer.from_pretrained(s.model), []

@@ -78,10 +78,10 @@ def read_config(raw, source="config.json"):
     cfg.head_dim = D = raw.get("head_dim") or cfg.hidden_size // H
     require(type(D) is int and D in range(2, 10**6, 2), source, f"head_dim is {D!r}, not even")
     require(cfg.hidden_act == "silu", source, f"hidden_act is {cfg.hidden_act!r}, not silu")
-    sliding = raw.get("use_sliding_window", cfg.model_type == "mistral")
-    require(not (sliding and raw.get("sliding_window")), source, "sliding-window attention")
+    sliding = raw.get("use_sliding_window") or cfg.model_type == "mistral"
+    require(not (sliding and raw.get("sliding_window", 4096)), source, "sliding-window attention")
     # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     require(isinstance(rope, dict), source, f"rope_parameters or rope_scaling is {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind in ("default", "llama3"), source, f"rope_type is {kind!r}, not default or llama3")
@@ -263,7 +263,8 @@ class Transformer(nn.Module):
     def hidden(self, tokens, positions=None, mask=None, cache=None, documents=None):
         """Tokens [B, T] to final hidden states [B, T, C]. positions [B, T] default to 0 ... T-1.
         mask [B, 1, T, S] bool: which of the S cached and new tokens each token sees; cache: a dict,
-        filled here; documents: see packed_attention, B is 1. Without any of these: causal."""
+        filled here, needs positions and mask; documents: see packed_attention, B is 1. Without any
+        of these: causal."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.model["embed_tokens"](tokens).to(self.dtype)  # [B, T, C]
@@ -324,14 +325,18 @@ class Transformer(nn.Module):
             model = cls(cfg)
         wanted, state = {k: list(v.shape) for k, v in model.state_dict().items()}, {}
         for file, name, tensor in stored_tensors(path):
-            if name == "lm_head.weight" and cfg.tie_word_embeddings or name.endswith("inv_freq"):
+            if name.endswith("inv_freq"):
                 continue  # some files repeat what the config says
+            if name == "lm_head.weight" and cfg.tie_word_embeddings:
+                name = "model.embed_tokens.weight"
             require(name in wanted, file, f"{name} is not a tensor of this model (config.json)")
             found = f"{name} is {tensor.dtype} {list(tensor.shape)}, expected float {wanted[name]}"
             require(tensor.is_floating_point() and list(tensor.shape) == wanted[name], file, found)
-            state[name] = tensor = tensor.to(device, dtype, copy=True)  # never a view of the file
+            tensor = tensor.to(device, dtype, copy=True)  # never a view of the file
             finite = torch.stack(tensor.aminmax()).isfinite().all()
             require(finite, file, f"{name} holds NaN or infinity")
+            same = torch.equal(state.setdefault(name, tensor), tensor)
+            require(same, file, f"{name} stands twice, with two values (tie_word_embeddings?)")
         missing = [name for name in wanted if name not in state]
         require(not missing, path, f"{len(missing)} tensors are missing, first {missing[:1]}")
         model.load_state_dict(state, assign=True)
@@ -406,8 +411,9 @@ def load_tensors(file):
 
 def stored_tensors(path):
     """Yields (file, name, tensor) of a checkpoint directory: one safetensors file, or shards."""
-    index = path / "model.safetensors.index.json"
-    shards = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    sharded = index.exists() and not single.exists()  # an index beside the one file is a stale one
+    shards = read_json(index).get("weight_map") if sharded else {"": single.name}
     require(isinstance(shards, dict) and shards, index, "no weight_map")
     files = {path / str(name) for name in shards.values()}
     require(all(f.parent == path for f in files), index, "a shard lies outside the directory")

@@ -7,6 +7,7 @@
 """
 
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -38,7 +39,7 @@ METHODS = ["sft", "ignore", "forget"]
 # What may change in a run that goes on: of files the content counts. The targets matter to ignore
 # (rho alone) and to forget: with another rho the scores stay, with another partition.
 HARMLESS = "out methods repeats micro_tokens device compile activation_checkpointing".split()
-HARMLESS += ["save_every", "model", "data", "ref_data"]
+HARMLESS += ["save_every", "skip_bad", "model", "data", "ref_data"]
 TARGETS = ["rho", "lambda_max", "lambda_min", "ascent"]
 
 
@@ -72,7 +73,7 @@ class Settings:
     seed: int = opt(42, "of splits, order, initial values, dropout, and of the world", 0, 2**32)
     dtype: str = opt("auto", "of activations; auto = bf16 if fast", "auto", "bfloat16", "float32")
     device: str = opt("auto", "cpu, cuda, cuda:1 ...; auto = an accelerator if there is one")
-    compile: bool = opt(None, "torch.compile the model; None = on a GPU only")
+    compile: bool = opt(None, "torch.compile the model; None = on a GPU in bf16")
     save_every: int = opt(50, "steps from one saved state of training to the next", 1, 10**9)
     activation_checkpointing: bool = opt(False, "keep less for backward, compute it again")
     out: str = opt("out", "directory for everything that is written")
@@ -88,7 +89,8 @@ WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embe
 
 
 # number of this process and of all: torchrun sets them
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if RANKS > 1 else 0
 SECONDS = {}  # that each stage took in this process
 STOP = {"in a step": False, "signal": 0}
 
@@ -192,10 +194,11 @@ def train(model, data, positive, negative, s, stage, log_file, mark={}):
     print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
     left = sum(not log_file.with_name(m).exists() for m in {stage, *s.methods})
     needed = 36 * size + left * sum(p.nbytes for p in model.parameters())  # 3 states, models
+    folder = log_file.with_name(f"{stage}.state")
+    needed -= sum(file.stat().st_size for file in folder.glob("*"))  # will be written over
     free, text = shutil.disk_usage(log_file.parent).free, f"about {needed / 1e9:.1f} GB are needed"
     require(needed < free, log_file.parent, f"{text}, {free / 1e9:.1f} GB are free")
 
-    folder = log_file.with_name(f"{stage}.state")
     live = {name: p.detach() for name, p in params.items()}  # what training goes on from
     for name, p in params.items():
         moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
@@ -315,13 +318,18 @@ def load(s, path, lora=False):
     """A checkpoint on the device, the same to score as to train. Frozen weights are of the dtype of
     activations; those that train (adapters, or all) stay float32 and are cast where used."""
     device, dtype = pick(s.device, s.dtype)
+    # in float32 packed_attention asks for lengths in every layer, which breaks the graph
+    by_itself = (device.type, dtype) == ("cuda", torch.bfloat16)
+    compiled = by_itself if s.compile is None else s.compile
+    if compiled:
+        gc.collect()  # such a model refers to itself: the one before would stay in memory
     torch.manual_seed(s.seed)  # adapters start at random
     model = Transformer.from_pretrained(path, dtype if s.lora_rank else torch.float32, device)
     model.dtype = dtype
     if lora and s.lora_rank:
         model.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout)
     model.checkpointing = s.activation_checkpointing
-    if s.compile or s.compile is None and device.type != "cpu":
+    if compiled:
         model.hidden = torch.compile(model.hidden, dynamic=True)
     return model.eval()
 
@@ -345,6 +353,8 @@ def tune(s, stage, start, data, out, mark, positive=None):
     negative = response & ~positive & (stage == "forget")
     train(model, data, positive, negative, s, stage, out / "log.jsonl", mark)
     write_once(save_stage, s, stage, start, model, out, mark)
+    if STOP["signal"]:  # it came in the last step
+        raise KeyboardInterrupt(STOP["signal"])
 
 
 def save_stage(s, stage, start, model, out, mark):
@@ -358,7 +368,7 @@ def save_stage(s, stage, start, model, out, mark):
     else:
         model.merge_lora().to(model.dtype).save_pretrained(path)
         for pattern in ("tokenizer*", "special_tokens*", "generation_config*", "chat_template*"):
-            for file in Path(start).glob(pattern):
+            for file in filter(Path.is_file, Path(start).glob(pattern)):
                 shutil.copy(file, path)
     (path / "fingerprint.json").write_text(json.dumps(mark))
     publish(path, out / stage)
@@ -538,6 +548,8 @@ def clashes(given):
     s = replace(Settings(), **given)
     if s.lambda_min > s.lambda_max:
         yield f"--lambda_min: {s.lambda_min} is above --lambda_max {s.lambda_max}"
+    if s.model and os.path.realpath(s.model) == os.path.realpath(s.out):
+        yield "--out: it is the directory of --model"
     if bool(s.model) != bool(s.data):
         yield "--model, --data: give both, or neither (embedded world)"
 
@@ -550,7 +562,8 @@ def main(argv):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     join_processes()
-    device, _ = pick(s.device, s.dtype)
+    device, dtype = pick(s.device, s.dtype)
+    s.dtype = str(dtype).removeprefix("torch.")  # a run that goes on elsewhere keeps it
     s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 2048)
     out, tables = Path(s.out), []
     try:
@@ -574,10 +587,12 @@ def main(argv):
             run, folder = replace(s, seed=s.seed + i), out / f"repeat{i + 1}" if i else out
             tables.append(world_run(run, world, out / "base", folder, rates))
     file = out / "summary.json"
-    seconds = (read_json(file).get("seconds", {}) if file.exists() else {}) | SECONDS
+    before = read_json(file) if file.exists() else {}
     settings = asdict(s) | ({"lr": rates} if rates else {})
-    summary = {"table": show(tables), "settings": settings, "seconds": seconds}
-    summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    summary = {"table": show(tables), "settings": settings}
+    summary["seconds"] = before.get("seconds", {}) | SECONDS
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    summary["peak_rss_mb"] = max(peak, before.get("peak_rss_mb", 0))
     write_once(write_text, file, json.dumps(summary, indent=1))
     write_once(write_report, out)
 

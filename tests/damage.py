@@ -186,6 +186,12 @@ def lose(name):
     return lambda path: (path / name).unlink()
 
 
+def only_index(text):
+    """An index and no file of weights beside it, which would be taken first."""
+    weights = "model/model.safetensors"
+    return replace(lose(weights), write(f"{weights}.index.json", text))
+
+
 # --- the list: name -> (damage, what the message must name besides; None = not even the file) ----
 
 LISTED = {
@@ -362,7 +368,7 @@ LISTED = {
     "config positions text": (config(max_position_embeddings="9"), "max_position"),
     "config positions -1": (config(max_position_embeddings=-1), "max_position"),
     "config window": (config(model_type="mistral", sliding_window=9), "sliding"),
-    "config tied": (config(tie_word_embeddings=True, attention_bias=False), "bias"),
+    "config tied": (config(tie_word_embeddings=True), "embed_tokens"),
     "config other family": (config(model_type="qwen3"), "norm"),
     "weights missing": (lose("model/model.safetensors"), "model.safetensors"),
     "weights directory": (replace(folder("model/model.safetensors")), "model.safetensors"),
@@ -424,12 +430,9 @@ LISTED = {
     "index config": (put_shard("config.json"), "config.json"),
     "index null": (put_shard(None), ""),
     "index list": (put_shard(["a"]), ""),
-    "index no map": (write("model/model.safetensors.index.json", "{}"), "index.json"),
-    "index map a list": (
-        write("model/model.safetensors.index.json", '{"weight_map": [1]}'),
-        "index.json",
-    ),
-    "index cut": (write("model/model.safetensors.index.json", '{"weight'), "index.json"),
+    "index no map": (only_index("{}"), "index.json"),
+    "index map a list": (only_index('{"weight_map": [1]}'), "index.json"),
+    "index cut": (only_index('{"weight'), "index.json"),
     # the tokenizer
     "tokenizer missing": (lose("model/tokenizer.json"), "tokenizer.json"),
     "tokenizer directory": (folder("model/tokenizer.json"), "tokenizer.json"),

@@ -160,6 +160,16 @@ def test_bos_and_eos_come_from_the_files(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (5, 9)
 
 
+def test_an_id_that_no_token_has_decodes_to_nothing(tmp_path):
+    spec = bpe_spec(control=CHATML)
+    spec["added_tokens"][-1]["id"] += 10
+    write_tokenizer(tmp_path, spec)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    gap = range(tokenizer.vocab_size - 11, tokenizer.vocab_size - 1)
+    ids = tokenizer.encode("so")
+    assert tokenizer.decode([*gap, *ids, 10**6]) == "so"
+
+
 def test_the_real_files_name_their_bos_and_eos(real_tokenizers):
     llama, qwen = (real(real_tokenizers / n) for n in ("llama3_2", "qwen3"))
     assert (llama.bos_id, llama.eos_id, llama.add_bos, llama.vocab_size) == (

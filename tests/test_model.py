@@ -314,6 +314,10 @@ def test_a_tied_checkpoint_that_repeats_its_head_loads(tmp_path):
     write_checkpoint(tmp_path, raw, state)
     loaded = Transformer.from_pretrained(tmp_path)
     assert loaded.head_weight is dict(loaded.named_parameters())["model.embed_tokens.weight"]
+    state["lm_head.weight"][3, 5] += 1  # transformers would untie them
+    write_checkpoint(tmp_path, raw, state)
+    with pytest.raises(InputError, match="embed_tokens.weight stands twice"):
+        Transformer.from_pretrained(tmp_path)
 
 
 def test_loaded_weights_do_not_change_with_the_file(tmp_path):
@@ -362,6 +366,9 @@ BAD_CONFIGS = [
     ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
     ("high_freq_factor", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),
     ("sliding", {"model_type": "mistral", "sliding_window": 4096}),
+    ("sliding", {"model_type": "mistral"}),  # 4096 by default
+    ("sliding", {"model_type": "mistral", "use_sliding_window": False, "sliding_window": 8}),
+    ("sliding", {"model_type": "qwen2", "use_sliding_window": True}),
     ("num_key_value_heads", {"num_key_value_heads": "2"}),
     ("num_key_value_heads", {"num_key_value_heads": -2}),
     ("head_dim", {"head_dim": "8"}),
@@ -394,6 +401,16 @@ def test_broken_files_are_refused_by_name(tmp_path):
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"model\.safetensors"):
         Transformer.from_pretrained(path)
+
+
+def test_where_two_things_are_said_that_counts_which_transformers_takes(tmp_path):
+    raw, model = CONFIGS["llama_tied"], random_model(CONFIGS["llama_tied"])
+    both = {"rope_scaling": {"rope_theta": 7.0}, "rope_parameters": {"rope_theta": 5.0}}
+    assert read_config(raw | both).rope["rope_theta"] == 7
+    path = write_shards(tmp_path / "model", raw, {k: v + 1 for k, v in model.state_dict().items()})
+    write_checkpoint(path, raw, model.state_dict())  # one file, beside an index and shards
+    loaded = Transformer.from_pretrained(path).state_dict()
+    assert all(torch.equal(v, loaded[k]) for k, v in model.state_dict().items())
 
 
 def test_a_lost_shard_and_one_outside_the_directory_are_refused_by_name(tmp_path):

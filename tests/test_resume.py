@@ -181,6 +181,60 @@ def test_a_full_disk_is_found_at_the_start_and_later_harms_nothing(
     assert content(out) == content(whole[0])
 
 
+def test_states_that_will_be_written_over_need_no_room_of_their_own(
+    whole, halted, tmp_path, monkeypatch
+):
+    out = Path(shutil.copytree(halted, tmp_path / "out"))
+    state = (out / "sft.state/0.safetensors").stat().st_size
+    usage = namedtuple("usage", "total used free")
+    model = Path(whole[1][whole[1].index("--model") + 1]) / "model.safetensors"
+    room = state + 3 * model.stat().st_size  # one state more, and the models
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, room))
+    assert run_script("train.py", *whole[1], "--out", out) == 0
+    assert content(out) == content(whole[0])
+
+
+def test_a_signal_in_the_last_step_of_a_stage_stops_after_it(whole, tmp_path, monkeypatch):
+    out, clip, calls = tmp_path / "out", torch.nn.utils.clip_grad_norm_, count(1)
+    log = map(json.loads, (whole[0] / "log.jsonl").open())
+    last = next(r["steps"] for r in log if r["stage"] == "ref")
+
+    def late(*args):
+        if next(calls) == last:
+            signal.raise_signal(signal.SIGINT)
+        return clip(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", late)
+        assert run_script("train.py", *whole[1], "--out", out) == 130
+    assert (out / "ref").exists() and not (out / "scores.safetensors").exists()
+    assert run_script("train.py", *whole[1], "--out", out) == 0
+    assert content(out) == content(whole[0])
+
+
+def test_a_run_that_goes_on_elsewhere_does_not_change_its_precision(
+    whole, tmp_path, monkeypatch, capsys
+):
+    argv, out = [*whole[1]], tmp_path / "out"
+    argv[argv.index("--dtype") + 1] = "auto"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert halt(monkeypatch, argv, out, call=3) == 143
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    status = run_script("train.py", *argv, "--out", out)
+    assert_refused(capsys.readouterr(), status, "dtype (bfloat16, now float32)")
+
+
+def test_a_model_directory_may_hold_others_but_is_no_out(whole, tmp_path, capsys):
+    argv = [*whole[1]]
+    model = Path(shutil.copytree(argv[argv.index("--model") + 1], tmp_path / "model"))
+    (model / "tokenizer_old").mkdir()
+    argv[argv.index("--model") + 1] = str(model)
+    status = run_script("train.py", *argv, "--out", model)
+    assert_refused(capsys.readouterr(), status, "--out", "--model")
+    assert run_script("train.py", *argv, "--out", tmp_path / "out") == 0
+    assert content(tmp_path / "out") == content(whole[0])
+
+
 def test_a_flipped_byte_in_the_log_costs_its_line_alone(whole, halted, tmp_path):
     out = Path(shutil.copytree(halted, tmp_path / "out"))
     damaged = bytearray((out / "log.jsonl").read_bytes())

@@ -423,6 +423,9 @@ def test_each_task_end_to_end(capsys, wide, files, tmp_path):
         if task == "diversity":
             low, high = result["distinct_1_interval"]
             assert low <= result["distinct_1"] <= high and len(items[0]["continuations"]) == 3
+            for metric in ("distinct_1", "self_bleu", "length"):
+                mean = np.mean([one[metric] for one in items])
+                assert result[metric] == pytest.approx(mean)  # each prompt counts alike
         if task == "nll":
             n = [one["tokens"] for one in items]
             nll = sum(one["nll"] * t for one, t in zip(items, n)) / sum(n)
@@ -477,6 +480,9 @@ def test_compare(capsys, tmp_path):
         write(b, [1, 1, 1, 1, 0, 1, 0, 1], **change)
         status, _, err = cli(capsys, "--compare", a, b)
         assert status == 2 and "same items" in err
+    write(b, ["yes"] * 8)
+    status, _, err = cli(capsys, "--compare", b, b)
+    assert status == 2 and "same items" in err
     write(b, [1, 1])
     assert cli(capsys, "--compare", a, b)[0] == 2
 
@@ -603,3 +609,16 @@ def test_results_never_replace_the_data(checkpoint, tmp_path):
     argv = ["--model", checkpoint, "--task", "boolq", "--data", data, "--out", data]
     assert run_script("eval.py", *argv) == 2
     assert data.read_text()
+
+
+def test_out_may_not_be_a_file_that_is_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text("kept")
+    argv = ["--model", "any", "--task", "tydiqa", "--data"]
+    for more in (
+        [tmp_path / "data.jsonl", "--out", "data.jsonl"],
+        ["other.json", "--demos", "data.jsonl", "--out", "./data.jsonl"],
+    ):
+        status, _, err = cli(capsys, *argv, *more)
+        assert status == 2 and "is a data file" in err
+    assert Path("data.jsonl").read_text() == "kept"

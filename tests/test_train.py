@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from copy import deepcopy
 from dataclasses import fields
 from itertools import chain
@@ -675,3 +676,19 @@ def test_nothing_is_replaced_before_every_process_has_read_it(monkeypatch):
         train_module.write_once(calls.append, "write")
         assert calls == wanted
         calls.clear()
+
+
+def test_a_compiled_model_is_gone_when_the_next_is_loaded(checkpoint):
+    s = settings(compile=True)
+    model = train_module.load(s, checkpoint)
+    first = weakref.ref(model)
+    del model
+    train_module.load(s, checkpoint)
+    assert first() is None
+
+
+def test_a_rank_without_processes_is_none():
+    code = "import train; print(train.RANK, train.RANKS)"
+    run = [sys.executable, "-c", code]
+    said = subprocess.run(run, cwd=ROOT, env=os.environ | {"RANK": "1"}, capture_output=True)
+    assert said.stdout.split() == [b"0", b"1"]
