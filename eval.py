@@ -399,9 +399,10 @@ def squad(said, golds):
 
 def diversity(answers):
     """Of answers to one prompt, in words between white space: distinct_n, different over all
-    n-grams (Li et al., arXiv 1510.03055, divide by words); self_bleu, mean BLEU-4 of each answer against the others
-    (Zhu et al., arXiv 1802.01886; an order without match counts 0.1 of one: Chen and Cherry 2014,
-    method 1); length, mean words; repeats, share of answers that equal an earlier one."""
+    n-grams (Li et al., arXiv 1510.03055, divide by words); self_bleu, mean BLEU-4 of each answer
+    against the others (Zhu et al., arXiv 1802.01886; an order without match counts 0.1 of one: Chen
+    and Cherry 2014, method 1); length, mean words; repeats, share of answers that equal an earlier
+    one."""
     texts, bleu, result = [answer.split() for answer in answers], [], {}
     grams = [[Counter(zip(*(t[i:] for i in range(n)))) for n in (1, 2, 3, 4)] for t in texts]
     for n, counts in zip((1, 2, 3), zip(*grams)):
@@ -794,8 +795,8 @@ def main(argv):
     files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
     require(s.prompt or len(files) == len(s.task), "--data", "expected one entry for each task")
     device, dtype = pick(s.device, s.dtype)
-    names = map(os.path.realpath, [s.demos, *(file for some in files for file in some)])
-    clash = s.out and os.path.realpath(s.out) in names
+    read = map(os.path.realpath, [s.demos, *(file for some in files for file in some)])
+    clash = s.out and os.path.realpath(s.out) in read
     require(not clash, "--out", f"{s.out} is a data file")
     model = Transformer.from_pretrained(s.model, dtype, device).eval()
     tokenizer, results = Tokenizer.from_pretrained(s.model), []
