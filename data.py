@@ -59,7 +59,7 @@ class Tokenizer:
             token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
             token = token["content"] if isinstance(token, dict) else token
             i = self.control.get(token, i[0] if isinstance(i, list) else i)
-            known = i is None or type(i) is int and 0 <= i < self.vocab_size
+            known = i is None or type(i) is int and i in self.known
             require(known, path, f"{kind}_token_id is {i!r}")
             setattr(self, f"{kind}_id", i)
         lone = "".join(MAY_LACK.get(b, "") for b in self.lacking)
@@ -136,7 +136,7 @@ def read_bpe(path):
     single = " ".join(kind for step in post for part in step.get("single", []) for kind in part)
     known = {step["type"] for step in post} <= {"ByteLevel", "TemplateProcessing"}
     known &= single in ("", "Sequence", "SpecialToken Sequence")
-    require(known, file, f"post_processor {post}")
+    require(known, file, f"post_processor {[step['type'] for step in post]} {single}")
     return ranks, split, control, bool(normal), "SpecialToken" in single
 
 

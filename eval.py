@@ -479,19 +479,15 @@ def run(task, file, s, model, tokenizer):
     return [{"task": task, "index": i} | one for i, one in enumerate(items)]
 
 
-def metric_names(one):
-    """The metrics of an item: what stands behind "chosen"."""
-    return [*one][[*one].index("chosen") + 1 :]
-
-
 def averages(items, first=None):
-    """Yields (metric, [n] values, mean, standard error, {language: mean}). nll is a mean over
-    tokens, whose standard error takes examples as the draws; over several languages a mean is that
-    of their means. Given `first`, of the differences from it."""
+    """Yields (metric, [n] values, mean, standard error, {language: mean}) for what stands behind
+    "chosen". Items with "tokens" weigh by them (nll), and the standard error takes items as the
+    draws; over several languages a mean is that of their means. Given `first`, of the differences
+    from it."""
     languages, group = np.unique([one.get("language", "") for one in items], return_inverse=True)
     tokens, n = np.array([one.get("tokens", 1) for one in items]), np.bincount(group)[group]
     share = tokens / np.bincount(group, tokens)[group]
-    for name in metric_names(items[0]):
+    for name in list(items[0])[list(items[0]).index("chosen") + 1 :]:
         x = np.array([one[name] for one in items], dtype=float)
         if first:
             x -= [one[name] for one in first]
@@ -522,21 +518,22 @@ def compare(files):
     first, and p of the two-sided sign test: a fair coin over the items that differ."""
     require(len(files) == 2, "--compare", "expected two files")
     a, b = ([one for _, one in read_file(file)] for file in files)
-    same = len(a) == len(b) > 0 and all(isinstance(one, dict) for one in a + b)
-    for x, y in zip(a, b) if same else ():
-        same &= {"task", "chosen"} <= x.keys() == y.keys()
-        same &= all(x.get(k) == y.get(k) for k in ("task", "index", "context", "gold"))
-        values = (one[name] for one in (x, y) for name in metric_names(one)) if same else ()
-        same &= all(isinstance(value, (int, float)) for value in values)
-    require(same, " and ".join(files), "expected --out files of the same items")
-    for task in dict.fromkeys(one["task"] for one in a):
-        first, second = ([one for one in items if one["task"] == task] for items in (a, b))
-        for name, x, mean, error, _ in averages(second, first):
-            up, down = int((x > 0).sum()), int((x < 0).sum())
-            tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1))
-            result = {"task": task, "n": len(x), "metric": name, "difference": mean}
-            result |= {"stderr": error, "higher": up, "lower": down}
-            yield result | {"p": min(1.0, 2 * tail / 2 ** (up + down))}
+    given = ("task", "index", "context", "gold", "tokens", "language")
+    try:
+        same = len(a) == len(b) > 0 and all(x.keys() == y.keys() for x, y in zip(a, b))
+        same = same and all(x.get(k) == y.get(k) for x, y in zip(a, b) for k in given)
+        require(same, "items", "they differ")
+        for task in dict.fromkeys(one["task"] for one in a):
+            first, second = ([one for one in items if one["task"] == task] for items in (a, b))
+            for name, x, mean, error, _ in averages(second, first):
+                up, down = int((x > 0).sum()), int((x < 0).sum())
+                tail = sum(math.comb(up + down, k) for k in range(min(up, down) + 1))
+                result = {"task": task, "n": len(x), "metric": name, "difference": mean}
+                result |= {"stderr": error, "higher": up, "lower": down}
+                yield result | {"p": min(1.0, 2 * tail / 2 ** (up + down))}
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        expected = "expected --out files of the same items"
+        raise InputError(f"{' and '.join(files)}: {expected}: {e}") from None
 
 
 # --- report --------------------------------------------------------------------------------------
@@ -795,7 +792,7 @@ def main(argv):
     files = [s.data] if len(s.task) == 1 else [entry.split(",") for entry in s.data]
     require(s.prompt or len(files) == len(s.task), "--data", "expected one entry for each task")
     device, dtype = pick(s.device, s.dtype)
-    read = map(os.path.realpath, [s.demos, *(file for some in files for file in some)])
+    read = {os.path.realpath(file) for some in [*files, [s.demos]] for file in some if file}
     clash = s.out and os.path.realpath(s.out) in read
     require(not clash, "--out", f"{s.out} is a data file")
     model = Transformer.from_pretrained(s.model, dtype, device).eval()

@@ -79,7 +79,8 @@ def read_config(raw, source="config.json"):
     require(type(D) is int and D in range(2, 10**6, 2), source, f"head_dim is {D!r}, not even")
     require(cfg.hidden_act == "silu", source, f"hidden_act is {cfg.hidden_act!r}, not silu")
     sliding = raw.get("use_sliding_window") or cfg.model_type == "mistral"
-    require(not (sliding and raw.get("sliding_window", 4096)), source, "sliding-window attention")
+    window = raw.get("sliding_window", 4096) if sliding else None
+    require(not window, source, f"sliding-window attention, sliding_window is {window!r}, not null")
     # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     require(isinstance(rope, dict), source, f"rope_parameters or rope_scaling is {rope!r}")
@@ -327,16 +328,16 @@ class Transformer(nn.Module):
         for file, name, tensor in stored_tensors(path):
             if name.endswith("inv_freq"):
                 continue  # some files repeat what the config says
-            if name == "lm_head.weight" and cfg.tie_word_embeddings:
-                name = "model.embed_tokens.weight"
-            require(name in wanted, file, f"{name} is not a tensor of this model (config.json)")
-            found = f"{name} is {tensor.dtype} {list(tensor.shape)}, expected float {wanted[name]}"
-            require(tensor.is_floating_point() and list(tensor.shape) == wanted[name], file, found)
+            tied = name == "lm_head.weight" and cfg.tie_word_embeddings
+            home = "model.embed_tokens.weight" if tied else name
+            require(home in wanted, file, f"{name} is not a tensor of this model (config.json)")
+            found = f"{name} is {tensor.dtype} {list(tensor.shape)}, expected float {wanted[home]}"
+            require(tensor.is_floating_point() and list(tensor.shape) == wanted[home], file, found)
             tensor = tensor.to(device, dtype, copy=True)  # never a view of the file
             finite = torch.stack(tensor.aminmax()).isfinite().all()
             require(finite, file, f"{name} holds NaN or infinity")
-            same = torch.equal(state.setdefault(name, tensor), tensor)
-            require(same, file, f"{name} stands twice, with two values (tie_word_embeddings?)")
+            same = torch.equal(state.setdefault(home, tensor), tensor)
+            require(same, file, f"{name}: {home} had another value before (is it tied?)")
         missing = [name for name in wanted if name not in state]
         require(not missing, path, f"{len(missing)} tensors are missing, first {missing[:1]}")
         model.load_state_dict(state, assign=True)

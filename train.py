@@ -73,7 +73,7 @@ class Settings:
     seed: int = opt(42, "of splits, order, initial values, dropout, and of the world", 0, 2**32)
     dtype: str = opt("auto", "of activations; auto = bf16 if fast", "auto", "bfloat16", "float32")
     device: str = opt("auto", "cpu, cuda, cuda:1 ...; auto = an accelerator if there is one")
-    compile: bool = opt(None, "torch.compile the model; None = on a GPU in bf16")
+    compile: bool = opt(None, "torch.compile the model; None = on CUDA in bf16")
     save_every: int = opt(50, "steps from one saved state of training to the next", 1, 10**9)
     activation_checkpointing: bool = opt(False, "keep less for backward, compute it again")
     out: str = opt("out", "directory for everything that is written")
@@ -318,9 +318,9 @@ def load(s, path, lora=False):
     """A checkpoint on the device, the same to score as to train. Frozen weights are of the dtype of
     activations; those that train (adapters, or all) stay float32 and are cast where used."""
     device, dtype = pick(s.device, s.dtype)
-    # in float32 packed_attention asks for lengths in every layer, which breaks the graph
-    by_itself = (device.type, dtype) == ("cuda", torch.bfloat16)
-    compiled = by_itself if s.compile is None else s.compile
+    # but on CUDA in bf16 packed_attention asks for lengths in every layer: that breaks the graph
+    auto = (device.type, dtype) == ("cuda", torch.bfloat16)
+    compiled = auto if s.compile is None else s.compile
     if compiled:
         gc.collect()  # such a model refers to itself: the one before would stay in memory
     torch.manual_seed(s.seed)  # adapters start at random
@@ -345,7 +345,7 @@ def is_done(out, stage, mark):
 
 def tune(s, stage, start, data, out, mark, positive=None):
     """Train the checkpoint `start` and write out/stage, unless it is there. Every response token is
-    learned, but by ignore and forget the `positive` ones; forget alone has negatives."""
+    learned, by ignore and forget the `positive` ones alone; only forget has negatives."""
     if is_done(out, stage, mark):
         return print(f"{stage}: {out / stage} is done")
     model, response = load(s, start, lora=True), torch.from_numpy(data.response)
@@ -353,7 +353,7 @@ def tune(s, stage, start, data, out, mark, positive=None):
     negative = response & ~positive & (stage == "forget")
     train(model, data, positive, negative, s, stage, out / "log.jsonl", mark)
     write_once(save_stage, s, stage, start, model, out, mark)
-    if STOP["signal"]:  # it came in the last step
+    if STOP["signal"] and RANKS == 1:  # it came in the last step; several agree in the next
         raise KeyboardInterrupt(STOP["signal"])
 
 
@@ -563,7 +563,7 @@ def main(argv):
         signal.signal(number, on_signal)
     join_processes()
     device, dtype = pick(s.device, s.dtype)
-    s.dtype = str(dtype).removeprefix("torch.")  # a run that goes on elsewhere keeps it
+    s.dtype = str(dtype).removeprefix("torch.")  # where auto means another, a run is refused
     s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 2048)
     out, tables = Path(s.out), []
     try:
@@ -587,12 +587,10 @@ def main(argv):
             run, folder = replace(s, seed=s.seed + i), out / f"repeat{i + 1}" if i else out
             tables.append(world_run(run, world, out / "base", folder, rates))
     file = out / "summary.json"
-    before = read_json(file) if file.exists() else {}
+    seconds = (read_json(file).get("seconds", {}) if file.exists() else {}) | SECONDS
     settings = asdict(s) | ({"lr": rates} if rates else {})
-    summary = {"table": show(tables), "settings": settings}
-    summary["seconds"] = before.get("seconds", {}) | SECONDS
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    summary["peak_rss_mb"] = max(peak, before.get("peak_rss_mb", 0))
+    summary = {"table": show(tables), "settings": settings, "seconds": seconds}
+    summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_once(write_text, file, json.dumps(summary, indent=1))
     write_once(write_report, out)
 

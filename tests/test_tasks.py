@@ -480,9 +480,14 @@ def test_compare(capsys, tmp_path):
         write(b, [1, 1, 1, 1, 0, 1, 0, 1], **change)
         status, _, err = cli(capsys, "--compare", a, b)
         assert status == 2 and "same items" in err
-    write(b, ["yes"] * 8)
-    status, _, err = cli(capsys, "--compare", b, b)
-    assert status == 2 and "same items" in err
+    for odd in ("yes", {}, 10**400):
+        write(b, [odd] * 8)
+        status, _, err = cli(capsys, "--compare", b, b)
+        assert status == 2 and "same items" in err
+    for first, second in ((3, 3), (3, 9)):  # a mean over other tokens is another mean
+        for file, tokens in ((a, first), (b, second)):
+            file.write_text(json.dumps({"task": "nll", "tokens": tokens, "chosen": 0, "nll": 1.0}))
+        assert cli(capsys, "--compare", a, b)[0] == (0 if first == second else 2)
     write(b, [1, 1])
     assert cli(capsys, "--compare", a, b)[0] == 2
 
