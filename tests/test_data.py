@@ -168,6 +168,17 @@ def test_an_id_that_no_token_has_decodes_to_nothing(tmp_path):
     gap = range(tokenizer.vocab_size - 11, tokenizer.vocab_size - 1)
     ids = tokenizer.encode("so")
     assert tokenizer.decode([*gap, *ids, 10**6]) == "so"
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": gap[0]}))
+    with pytest.raises(InputError, match=f"eos_token_id is {gap[0]}"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_post_processor_of_another_kind_is_refused_by_name(tmp_path):
+    kind = {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0]}
+    write_tokenizer(tmp_path, bpe_spec() | {"post_processor": kind})
+    with pytest.raises(InputError, match="RobertaProcessing"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 def test_the_real_files_name_their_bos_and_eos(real_tokenizers):

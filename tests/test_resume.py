@@ -235,6 +235,11 @@ def test_a_model_directory_may_hold_others_but_is_no_out(whole, tmp_path, capsys
     assert content(tmp_path / "out") == content(whole[0])
 
 
+def test_skip_bad_does_not_make_other_data_of_the_same_examples(whole, tmp_path):
+    out = Path(shutil.copytree(whole[0], tmp_path / "out"))
+    assert run_script("train.py", *whole[1], "--skip_bad", "--out", out) == 0
+
+
 def test_a_flipped_byte_in_the_log_costs_its_line_alone(whole, halted, tmp_path):
     out = Path(shutil.copytree(halted, tmp_path / "out"))
     damaged = bytearray((out / "log.jsonl").read_bytes())
