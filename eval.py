@@ -464,7 +464,7 @@ def run(task, file, s, model, tokenizer):
         for i, one in enumerate(items):
             texts = said[i * s.samples :][: s.samples]
             one |= {"continuations": texts} | diversity(texts)
-            del one["tokens"]  # of the reference answer: no weight here
+            del one["tokens"]  # of the answer that these replace: each prompt counts alike
     elif task == "nll":
         some = examples[0].subset(range(len(items)))
         nll = examples_nll(model, some, s.micro_tokens).double().numpy()

@@ -336,7 +336,8 @@ class Transformer(nn.Module):
             tensor = tensor.to(device, dtype, copy=True)  # never a view of the file
             finite = torch.stack(tensor.aminmax()).isfinite().all()
             require(finite, file, f"{name} holds NaN or infinity")
-            same = torch.equal(state.setdefault(home, tensor), tensor)
+            first = state.setdefault(home, tensor)
+            same = first is tensor or torch.equal(first, tensor)
             require(same, file, f"{name}: {home} had another value before (is it tied?)")
         missing = [name for name in wanted if name not in state]
         require(not missing, path, f"{len(missing)} tensors are missing, first {missing[:1]}")

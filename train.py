@@ -318,7 +318,7 @@ def load(s, path, lora=False):
     """A checkpoint on the device, the same to score as to train. Frozen weights are of the dtype of
     activations; those that train (adapters, or all) stay float32 and are cast where used."""
     device, dtype = pick(s.device, s.dtype)
-    # but on CUDA in bf16 packed_attention asks for lengths in every layer: that breaks the graph
+    # there packed_attention is one kernel; elsewhere it reads lengths, which breaks the graph
     auto = (device.type, dtype) == ("cuda", torch.bfloat16)
     compiled = auto if s.compile is None else s.compile
     if compiled:

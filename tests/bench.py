@@ -117,6 +117,14 @@ def own(s, mode, steps):
     return result | {"micro_tokens": s.micro_tokens, "limit": best, "share": rate / best}
 
 
+def lora_config(s):
+    from peft import LoraConfig
+
+    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    how = {"lora_alpha": s.lora_alpha, "lora_dropout": s.lora_dropout, "target_modules": names}
+    return LoraConfig(r=s.lora_rank, **how)
+
+
 def peer(s, mode, variant, steps):
     """The same of a transformers + peft loop, the loss included."""
     from transformers import AutoModelForCausalLM
@@ -126,11 +134,9 @@ def peer(s, mode, variant, steps):
     published = variant == "published"
     model = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32)
     if mode == "lora":
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-        how = {"lora_alpha": s.lora_alpha, "lora_dropout": s.lora_dropout, "target_modules": names}
-        model = get_peft_model(model, LoraConfig(r=s.lora_rank, **how))
+        model = get_peft_model(model, lora_config(s))
     elif published and mode == "full":
         model.gradient_checkpointing_enable()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -189,7 +195,6 @@ def peer(s, mode, variant, steps):
 def trl(s, mode, steps):
     """Training tokens/s of TRL, the first step left out."""
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -207,23 +212,17 @@ def trl(s, mode, steps):
     labels = np.where(data.response, data.tokens, -100)
     spans = [slice(a, b) for a, b in zip(data.offsets, data.offsets[1:])]
     rows = [{"input_ids": data.tokens[x].tolist(), "labels": labels[x].tolist()} for x in spans]
-    names = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-    lora = {"lora_alpha": s.lora_alpha, "lora_dropout": s.lora_dropout, "target_modules": names}
     with tempfile.TemporaryDirectory() as folder:
         how = {"output_dir": folder, "save_strategy": "no", "report_to": [], "use_cpu": True}
         how |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6, "bf16": True}
-        how |= {
-            "padding_free": True,
-            "max_length": None,
-            "gradient_checkpointing": False,
-            "max_steps": steps + 1,
-        }
-        how |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "learning_rate": s.lr}
+        how |= {"padding_free": True, "max_length": None, "gradient_checkpointing": False}
+        how |= {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        how |= {"learning_rate": s.lr, "max_steps": steps + 1}
         trainer = InOrder(
             AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32),
             SFTConfig(**how),
             train_dataset=Dataset.from_list(rows),
-            peft_config=LoraConfig(r=s.lora_rank, **lora) if mode == "lora" else None,
+            peft_config=lora_config(s) if mode == "lora" else None,
             callbacks=[Clock],
         )
         trainer.train()
