@@ -11,7 +11,6 @@ This file needs torch alone: copy it.
 """
 
 import torch
-import torch.nn.functional as F
 
 
 def token_nll(hidden, head_weight, targets, chunk=256):
