@@ -1,334 +1,640 @@
-"""Text to tokens: a tokenizer out of a Hugging Face checkpoint, instruction files to flat token
-arrays with a response mask, micro-batches, and the embedded world that `python train.py` needs."""
+"""Text to tokens: the tokenizer of a Hugging Face checkpoint, instruction files to examples with
+their masks, batches, and the embedded world that `python train.py` needs.
 
-import base64
+    tokenizer = Tokenizer.from_pretrained("SmolLM2")
+    examples, _ = read_examples(["dolly.jsonl"], tokenizer, "chatml", max_len=2048)
+    batch = make_batch(examples[:8], device="cpu")
+"""
+
 import gzip
 import json
 import re
 import unicodedata
-import zlib
-from array import array
-from collections import namedtuple
 from dataclasses import dataclass
-from itertools import chain, groupby, product
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
 
-from model import InputError, parse, read_json, require
+from model import InputError, read_json, reading
 
 # --- tokenizer -----------------------------------------------------------------------------------
 
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 cuts single digits out *before* GPT-2's pattern sees the rest, so white space before a
 # digit ends its piece and stays whole: \s+(?!\S) would leave its last character to the digit.
-DIGITS_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-LLAMA3_SPLIT += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# byte-level BPE files write each byte as a character that can be seen
-_unseen = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
-BYTE_OF = {chr(256 + _unseen.index(b) if b in _unseen else b): b for b in range(256)}
-# What begins with a byte that a vocabulary may lack. SmolLM2 has not seen some controls, nor planes
-# 4 to 11; `tokenizers` drops such a byte from its piece ` ?[^\s\p{L}\p{N}]+`, then merges the rest.
-MAY_LACK = {b: chr(b) for b in range(32) if b not in b"\t\n\v\f\r"}
-MAY_LACK |= {0xF1: "\U00040000-\U0007ffff", 0xF2: "\U00080000-\U000bffff"}
+DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+# Byte-level BPE files write each byte as one character that can be seen: printable bytes as they
+# are, the others numbered from 256 on.
+UNPRINTABLE = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
+BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in UNPRINTABLE}
+BYTE_OF.update({chr(256 + i): byte for i, byte in enumerate(UNPRINTABLE)})
 
 
 class Tokenizer:
     """Byte-level BPE through tiktoken. `encode` takes ordinary text only: what looks like a control
-    token stays text; control tokens are put in by id, `control["<|im_end|>"]`."""
-
-    def __init__(self, path):
-        read = read_bpe if Path(path, "tokenizer.json").exists() else read_llama3
-        ranks, split, self.control, self.nfc, self.add_bos = read(Path(path))
-        ids = [*ranks.values(), *self.control.values()]
-        self.known = {*ids}
-        require(len(self.known) == len(ids), path, "two tokens of its tokenizer have one id")
-        self.lacking = bytes(b for b in range(256) if bytes([b]) not in ranks)
-        may = MAY_LACK if split in (GPT2_SPLIT, DIGITS_SPLIT) else ()
-        lost = {*self.lacking}.difference(may, (0xC0, 0xC1), range(0xF5, 256))  # not of UTF-8
-        require(not lost, path, f"bytes {[*map(hex, lost)]} not in tokenizer.json or .model")
-        spec = {"pat_str": split, "mergeable_ranks": ranks, "special_tokens": self.control}
-        self.bpe = tiktoken.Encoding("", **spec)
-        self.vocab_size, settings = self.bpe.n_vocab, {}
-        for file in (Path(path, "config.json"), Path(path, "tokenizer_config.json")):
-            settings |= read_json(file) if file.exists() else {}
-        for kind in ("bos", "eos"):
-            token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
-            token = token["content"] if isinstance(token, dict) else token
-            i = self.control.get(token, i[0] if isinstance(i, list) else i)
-            known = i is None or type(i) is int and i in self.known
-            require(known, path, f"{kind}_token_id is {i!r}")
-            setattr(self, f"{kind}_id", i)
-        lone = "".join(MAY_LACK.get(b, "") for b in self.lacking)
-        other = r"(?:[^\w\s]|[_\x1c-\x1f])*"
-        space = r"(?:[^\S \x1c-\x1f](?! ))?"  # one that the pattern would cut off
-        self.lone = re.compile(f"[{lone}]" if lone else "$.")  # sought first: lossy is slow
-        self.lossy = re.compile(rf"({space})( ?{other}[{lone}]{other})" if lone else "()($.)")
+    token stays text. Control tokens are put in by id: `control["<|im_end|>"]`."""
 
     @classmethod
     def from_pretrained(cls, path):
-        """From a directory; InputError names whatever could not be reproduced exactly."""
-        try:
-            return cls(path)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-            require(isinstance(e, InputError), path, f"its tokenizer cannot be read: {e!r}")
-            raise
+        """From a checkpoint directory. InputError names whatever cannot be reproduced exactly."""
+        path = Path(path)
+        file = path / "tokenizer.json"
+        if not file.exists():
+            raise InputError(f"{file}: no such file (tokenizer.model files are not read)")
+        spec = read_json(file)
+        settings = read_tokenizer_settings(path)
+        tokenizer = cls()
+        with reading(f"{file} cannot be reproduced exactly"):
+            tokenizer._read(spec, settings)
+        with reading(f"{path}: config.json or generation_config.json"):
+            tokenizer._read_ends(settings, read_model_settings(path))
+        return tokenizer
+
+    def _read(self, spec, settings):
+        self.nfc = read_normalizer(spec)
+        pattern = read_pattern(spec)
+        added = read_added_tokens(spec, settings)
+        vocab = spec["model"]["vocab"]
+        self.ids = {**vocab, **{token: entry["id"] for token, entry in added.items()}}
+
+        # Control tokens: the special ones, and those that end or begin a turn, whatever they are.
+        self.control = {}
+        self.added = {}
+        names = [read_name(settings, "bos"), read_name(settings, "eos"), *TEMPLATE_TOKENS]
+        for token, entry in added.items():
+            kind = self.control if entry.get("special") or token in names else self.added
+            kind[token] = entry["id"]
+        for token in names:
+            if token in vocab and token not in self.added:
+                self.control[token] = vocab[token]
+        for token in self.added:
+            if any(added[token].get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+                raise InputError(f"added token {token!r} has lstrip, rstrip or single_word")
+        # Those that are not "normalized" are found in the text as it is, the others, themselves
+        # brought to NFC, in what NFC makes of the rest.
+        self.added_first = {}
+        self.added_later = {}
+        for token, number in self.added.items():
+            if added[token].get("normalized", True):
+                self.added_later[self._normal(token)] = number
+            else:
+                self.added_first[token] = number
+        self.first_pattern = one_of(self.added_first)
+        self.later_pattern = one_of(self.added_later)
+        self.control_text = one_of(self.control)
+
+        ranks = read_ranks(spec["model"], {*self.control, *self.added})
+        self.bpe = tiktoken.Encoding(
+            name=str(len(ranks)),
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens={**self.control, **self.added},
+        )
+        self.vocab_size = self.bpe.n_vocab
+        self.known_ids = {*ranks.values(), *self.control.values(), *self.added.values()}
+        self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+
+        first = read_first_token(spec)
+        self.add_bos = first is not None
+        self.bos_id = None if first is None else self.ids[first]
+
+    def _read_ends(self, settings, model_settings):
+        """bos_id, eos_id and stop_ids, at each of which generation stops."""
+        for kind in ("bos", "eos"):
+            token = read_name(settings, kind)
+            ids = as_list(model_settings[0].get(f"{kind}_token_id"))
+            if token is not None:
+                if token not in self.ids:
+                    raise InputError(f"{kind}_token {token!r} is no token of tokenizer.json")
+                ids = [self.ids[token]]
+            if kind == "eos":
+                self.eos_id = ids[0] if ids else None
+            elif not self.add_bos:
+                self.bos_id = ids[0] if ids else None
+        self.stop_ids = {self.eos_id} - {None}
+        for some in model_settings:
+            self.stop_ids.update(as_list(some.get("eos_token_id")))
+        for i in self.stop_ids:
+            if type(i) is not int:
+                raise InputError(f"eos_token_id holds {i!r}, expected token ids")
 
     def encode(self, text):
+        """Ids of ordinary text, as the tokenizers library gives them without control tokens.
+        InputError names a character that the vocabulary lacks."""
+        if re.search(r"(?<!\s)\s{300000}", text):  # twice that many overflow tiktoken's stack
+            raise InputError("300,000 blanks in a row")
         ids = []
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        endless = re.search(r"(?<!\s)\s{300000}", text)  # twice that many overflow tiktoken's stack
-        require(not endless, "text", "300,000 blanks in a row")
-        for i, part in enumerate(self.lossy.split(text) if self.lone.search(text) else [text]):
-            if i % 3 < 2:
-                ids += self.bpe.encode_ordinary(part)
-            elif piece := part.encode(errors="replace").translate(None, self.lacking):
-                ids += self.bpe._encode_single_piece(piece)
+        for part in split_at(text, self.first_pattern):
+            if part in self.added_first:
+                ids.append(self.added_first[part])
+                continue
+            for piece in split_at(self._normal(part), self.later_pattern):
+                if piece in self.added_later:
+                    ids.append(self.added_later[piece])
+                else:
+                    ids.extend(self._encode_piece(piece))
         return ids
 
+    def _normal(self, text):
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def _encode_piece(self, piece):
+        content = piece.encode()  # half a surrogate pair is an error
+        if content.translate(None, self.lacking) != content:
+            missing = [c for c in piece if set(c.encode()) & set(self.lacking)]
+            raise InputError(f"the vocabulary lacks a byte of the character {missing[0]!r}")
+        return self.bpe.encode_ordinary(piece)
+
     def decode(self, ids):
-        return self.bpe.decode([i for i in ids if i in self.known])  # a model may have more
+        """Text of ids; those that no token has (a model may have more rows) are left out."""
+        return self.bpe.decode([i for i in ids if i in self.known_ids])
 
 
-def read_bpe(path):
-    """(ranks, split pattern, control tokens, NFC?, BOS first?) of what a tokenizer.json holds."""
-    spec = read_json(path / "tokenizer.json")
-    file = f"{path / 'tokenizer.json'} cannot be reproduced exactly, so it is refused"
+def one_of(tokens):
+    """A pattern that finds any of the tokens, of several at one place the longest; None for none."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    if not longest_first:
+        return None
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def steps(name, several):  # one, or a Sequence of several
-        part = spec.get(name) or {several: []}
-        return part.get(several, [part])
 
-    bpe, added = spec.get("model") or {}, spec.get("added_tokens", [])
-    require({"vocab", "merges"} <= bpe.keys(), file, f"model {bpe.get('type')}: no vocab, merges")
-    normal = [step["type"] for step in steps("normalizer", "normalizers")]
-    require(normal in ([], ["NFC"]), file, f"normalizer {normal}")
-    pre = steps("pre_tokenizer", "pretokenizers")
-    options = {"use_regex": True} | {key: step[key] for step in [*pre, bpe] for key in step}
-    own = options.get("pattern", {}).get("Regex")
-    known = {"ByteLevel": GPT2_SPLIT, "Digits ByteLevel": DIGITS_SPLIT, "Split ByteLevel": own}
-    split = known.get(" ".join(step["type"] for step in pre))
-    off = "byte_fallback dropout continuing_subword_prefix end_of_word_suffix invert".split()
-    usual = dict.fromkeys([*off, "add_prefix_space"], False) | {"type": "BPE"}
-    usual |= {"individual_digits": True, "behavior": "Isolated", "use_regex": not own}
-    odd = {k: v for k, v in options.items() if k in usual and (v or False) != usual[k]}
-    require(split and not odd, file, f"pre_tokenizer {pre} or model with {odd}")
-    plain = [token["content"] for token in added if not token.get("special")]
-    # one that may stand in ordinary text would change its ids
-    require(all(re.fullmatch("(?s)<.*>", t) for t in plain), file, f"added tokens {plain}")
-    control = {token["content"]: token["id"] for token in added}
-    vocab = {token: i for token, i in bpe["vocab"].items() if token not in control}
-    # tiktoken takes a piece that is a token, else merges neighbours into tokens, lowest id first
-    merged = ["".join(merge).replace(" ", "") for merge in bpe["merges"]]  # ["a", "b"] or "a b"
-    ids = [vocab.get(token, -1) for token in merged]
-    require(ids == sorted(ids) and -1 not in ids, file, "merges out of the order of their ids")
+def split_at(text, pattern):
+    """The text cut before and behind whatever the pattern finds."""
+    if pattern is None:
+        return [text]
+    return [part for part in pattern.split(text) if part]
+
+
+def as_list(value):
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def steps_of(spec, name, several):
+    """The steps of a part of tokenizer.json: none, one, or a Sequence of several."""
+    part = spec.get(name)
+    if part is None:
+        return []
+    return part[several] if part["type"] == "Sequence" else [part]
+
+
+def read_tokenizer_settings(path):
+    """tokenizer_config.json; without added_tokens_decoder, special_tokens_map.json counts more (the
+    order of transformers)."""
+    settings = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path / name).exists() and "added_tokens_decoder" not in settings:
+            settings.update(read_json(path / name))
+    return settings
+
+
+def read_model_settings(path):
+    files = [path / "config.json", path / "generation_config.json"]
+    return [read_json(file) if file.exists() else {} for file in files]
+
+
+def read_name(settings, kind):
+    """The text of the bos or eos token, or None."""
+    token = settings.get(f"{kind}_token")
+    return token["content"] if isinstance(token, dict) else token
+
+
+def read_normalizer(spec):
+    """Whether text is brought to NFC first."""
+    steps = [step["type"] for step in steps_of(spec, "normalizer", "normalizers")]
+    if steps not in ([], ["NFC"]):
+        raise InputError(f"normalizer {steps}, expected NFC or none")
+    return bool(steps)
+
+
+def read_pattern(spec):
+    """The regular expression that cuts text into the pieces in which BPE merges."""
+    steps = steps_of(spec, "pre_tokenizer", "pretokenizers")
+    kinds = [step["type"] for step in steps]
+    problem = InputError(f"pre_tokenizer {json.dumps(steps)[:300]}")
+    if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        raise problem
+    by_itself = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and by_itself:
+        return GPT2_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and by_itself and steps[0].get("individual_digits"):
+        return DIGITS_PATTERN
+    if kinds == ["Split", "ByteLevel"] and not by_itself and not steps[0].get("invert"):
+        if steps[0]["behavior"] == "Isolated":
+            return steps[0]["pattern"]["Regex"]
+    raise problem
+
+
+def read_added_tokens(spec, settings):
+    """{text: entry} of tokenizer.json, then of added_tokens_decoder in tokenizer_config.json."""
+    added = {}
+    for entry in spec.get("added_tokens") or []:
+        added[entry["content"]] = entry
+    for number, entry in (settings.get("added_tokens_decoder") or {}).items():
+        known = added.get(entry["content"], {"id": int(number)})
+        added[entry["content"]] = {**known, **entry}  # its flags count more
+    ids = [entry["id"] for entry in added.values()]
+    if len(set(ids)) != len(ids):
+        raise InputError("two added tokens have one id")
+    return added
+
+
+def read_ranks(bpe, apart):
+    """{bytes: id} of the vocabulary but for the tokens `apart`. tiktoken takes a piece that is a
+    token whole, and else merges neighbours into tokens, lowest id first: that must be what the
+    merges of the file say."""
+    if bpe.get("type") not in ("BPE", None) or bpe.get("dropout") or bpe.get("byte_fallback"):
+        raise InputError(f"model of type {bpe.get('type')}, or with dropout or byte_fallback")
+    if bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix"):
+        raise InputError("its model has a prefix or suffix for parts of words")
+    vocab = {token: i for token, i in bpe["vocab"].items() if token not in apart}
+    if len(set(vocab.values())) != len(vocab):
+        raise InputError("two tokens have one id")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
+    merged = [left + right for left, right in merges]
+    ids = [vocab[token] for token in merged]
+    if ids != sorted(ids):
+        raise InputError("its merges are out of the order of their ids")
     made = {*BYTE_OF, *merged}
     for token in vocab.keys() - made:
-        cut = any(token[:k] in made and token[k:] in made for k in range(1, len(token)))
-        whole = bpe.get("ignore_merges") and not cut and BYTE_OF.keys() >= set(token)
-        require(whole, file, f"token {token!r} that no merge makes")
-    ranks = {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
-    post = steps("post_processor", "processors")
-    single = " ".join(kind for step in post for part in step.get("single", []) for kind in part)
-    known = {step["type"] for step in post} <= {"ByteLevel", "TemplateProcessing"}
-    known &= single in ("", "Sequence", "SpecialToken Sequence")
-    require(known, file, f"post_processor {[step['type'] for step in post]} {single}")
-    return ranks, split, control, bool(normal), "SpecialToken" in single
+        # A token that no merge makes is found as a whole piece only, if the file says so, and if
+        # tiktoken could not put it together from two others.
+        cuts = range(1, len(token))
+        joined = any(token[:cut] in made and token[cut:] in made for cut in cuts)
+        if joined or not bpe.get("ignore_merges"):
+            raise InputError(f"no merge makes the token {token!r}")
+    return {bytes(BYTE_OF[c] for c in token): i for token, i in vocab.items()}
 
 
-def read_llama3(path):
-    """The same of a Llama 3 tokenizer.model, which has a line for each token: base64 and rank."""
-    try:
-        pairs = filter(None, map(bytes.split, (path / "tokenizer.model").open("rb")))
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except (OSError, ValueError):
-        expected = "expected tokenizer.json or Llama 3's tokenizer.model (not of SentencePiece)"
-        raise InputError(f"{path}: {expected}") from None
-    other = [f"reserved_special_token_{i}" for i in range(251)]
-    names = ["begin_of_text", "end_of_text", *other[:4], "start_header_id", "end_header_id"]
-    names += [other[4], "eot_id", *other[5:]]
-    control = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
-    return ranks, LLAMA3_SPLIT, control, False, True
+def read_first_token(spec):
+    """The text of the token that the post-processor puts before every text, or None. Beside a
+    tokenizer.json, transformers ignores add_bos_token and add_eos_token."""
+    first = None
+    for step in steps_of(spec, "post_processor", "processors"):
+        if step["type"] == "ByteLevel":
+            continue  # it moves offsets, not ids
+        parts = step["single"] if step["type"] == "TemplateProcessing" else None
+        kinds = [kind for part in parts or [] for kind in part]
+        if kinds == ["SpecialToken", "Sequence"]:
+            first = parts[0]["SpecialToken"]["id"]
+        elif kinds != ["Sequence"]:
+            raise InputError(f"post_processor {json.dumps(step)[:300]}")
+    return first
 
 
-# --- examples ------------------------------------------------------------------------------------
+# --- chat templates ------------------------------------------------------------------------------
 
-TEMPLATES = {  # what opens a turn, ends it, and follows; parts <|...|> are control tokens
-    "tulu": (["<|{role}|>\n"], "", "\n"),  # published: eos ends the assistant's turns only
-    "chatml": (["<|im_start|>", "{role}\n"], "<|im_end|>", "\n"),
-    "llama3": (["<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"], "<|eot_id|>", ""),
+
+@dataclass
+class Template:
+    """How a turn is written. Parts that are control tokens of the tokenizer become their ids."""
+
+    opening: list  # before the content; {role} stands for system, user or assistant
+    end: str  # the control token behind the content; "" = eos, and behind answers only
+    after: str  # text behind that
+
+
+TEMPLATES = {
+    "tulu": Template(["<|{role}|>", "\n"], "", "\n"),  # the published one
+    "chatml": Template(["<|im_start|>", "{role}\n"], "<|im_end|>", "\n"),
+    "llama3": Template(["<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"], "<|eot_id|>", ""),
+    "plain": None,  # the text as it is: for prompt + completion, and the embedded world
 }
+TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 def render(turns, tokenizer, template):
-    """Pieces (text or control id, is_response) of turns [(role, content), ...]. Response are the
+    """Pieces (text or control id, is_response) of turns [(role, content), ...]. The response is the
     assistant's text and the token that ends its turn; content None leaves a turn open."""
-    (opening, end, rest), control = TEMPLATES[template], tokenizer.control
-    for part in [*opening, end]:
-        known = part in control or not part.endswith("|>")
-        require(known, f"template {template}", f"the tokenizer lacks {part}")
+    if template == "plain":
+        if [content for role, content in turns[1:]] not in ([], [None]):
+            raise InputError("--template plain is for prompt + completion, not for conversations")
+        return [(turns[0][1], False)]
+    parts = TEMPLATES[template]
+    for token in TEMPLATE_TOKENS:
+        if token in [*parts.opening, parts.end] and token not in tokenizer.control:
+            raise InputError(f"--template {template}: the tokenizer has no token {token}")
+    pieces = []
     for role, content in turns:
         answer = role == "assistant"
-        yield from ((control.get(part, part.format(role=role)), False) for part in opening)
-        if content is not None:
-            yield content if template == "chatml" else content.strip(), answer
-            if end or answer:
-                yield control.get(end, tokenizer.eos_id), answer
-            yield rest, False
+        for part in parts.opening:
+            part = part.format(role=role)
+            pieces.append((tokenizer.control.get(part, part), False))
+        if content is None:
+            break
+        pieces.append((content.strip(), answer))
+        if parts.end:
+            pieces.append((tokenizer.control[parts.end], answer))
+        elif answer:
+            pieces.append((tokenizer.eos_id, True))
+        pieces.append((parts.after, False))
+    return pieces
+
+
+def end_of_turn(tokenizer, template):
+    """The id of the token that ends an answer."""
+    parts = TEMPLATES[template]
+    if parts is None or not parts.end:
+        return tokenizer.eos_id
+    return tokenizer.control.get(parts.end)
 
 
 def encode(pieces, tokenizer):
     """(ids, response mask) of pieces; neighbouring texts of one kind are tokenised as one text."""
-    ids, mask = ([tokenizer.bos_id], [False]) if tokenizer.add_bos else ([], [])
-    for (kind, response), group in groupby(pieces, lambda piece: (type(piece[0]), piece[1])):
-        new = [piece for piece, _ in group]
-        new = tokenizer.encode("".join(new)) if kind is str else new
-        ids, mask = ids + new, mask + [response] * len(new)
-    require(None not in ids, "tokenizer", "it has no eos (or bos) token to end an answer with")
-    return ids, mask
+    ids = []
+    response = []
+    if tokenizer.add_bos:
+        ids.append(tokenizer.bos_id)
+        response.append(False)
+    for (is_text, answer), group in groupby(pieces, lambda p: (isinstance(p[0], str), p[1])):
+        contents = [content for content, _ in group]
+        new = tokenizer.encode("".join(contents)) if is_text else contents
+        if None in new:
+            raise InputError("the tokenizer names no eos token to end an answer with")
+        ids.extend(new)
+        response.extend([answer] * len(new))
+    return ids, response
 
 
-FORMATS = ("prompt completion", "instruction input output", "instruction context response")
-
-
-def example_pieces(example, tokenizer, template):
-    """The pieces of one example in any accepted form; InputError says what is wrong with it."""
-    require(isinstance(example, dict), "expected an object", f"got {type(example).__name__}")
-    form = next((form for form in FORMATS if form.split()[-1] in example), "")
-    if "messages" in example:
-        form, messages = "system user assistant", example["messages"]
-        listed = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-        require(listed, "messages", "expected a list of objects")
-        turns = [(m.get("role"), m.get("content")) for m in messages]
-        roles = [role for role, _ in turns]
-        require("assistant" in roles, "messages", "no turn of the assistant")
-        require(roles[0] != "assistant", "messages", "the first turn is the assistant's")
+def jinja_template(tokenizer, template):
+    """The chat_template.jinja with which transformers' apply_chat_template gives the ids of
+    render(). All text stands inside expressions, where Jinja keeps blanks as they are."""
+    text_of = {i: token for token, i in tokenizer.ids.items()}
+    bos = text_of[tokenizer.bos_id] if tokenizer.add_bos else ""
+    lines = [
+        f"{{# template: {template} #}}",
+        "{% if tools %}{{ raise_exception('tools are not supported') }}{% endif %}",
+        f"{{{{ {bos!r} }}}}",
+        "{% for message in messages %}",
+        "{% if message['content'] is not string %}",
+        "{{ raise_exception('the content of a message is no text') }}{% endif %}",
+    ]
+    if template == "plain":
+        lines += ["{{ message['content'] }}", "{% endfor %}"]
+        return "".join(lines)
+    parts = TEMPLATES[template]
+    opening = repr("".join(parts.opening)).replace("{role}", "' + message['role'] + '")
+    end = repr(parts.end) if parts.end else repr(text_of[tokenizer.eos_id])
+    lines.append(f"{{{{ {opening} + (message['content'] | trim) }}}}")
+    if parts.end:
+        lines.append(f"{{{{ {end} }}}}")
     else:
-        require(form, "expected", f"messages, or {', or '.join(FORMATS)}")
-        values = {key: value for key, value in example.items() if value is not None}
-        turns = [(key, ({"input": "", "context": ""} | values).get(key)) for key in form.split()]
-    for key, text in turns:
-        known = key in form.split() and isinstance(text, str)
-        require(known, "expected", f"texts of {form}, got {key!r}: {text!r:.40}")
-        require(not re.search("[\0\ud800-\udfff]", text), key, "a NUL or half a surrogate pair")
-        require(text.strip() or key != form.split()[-1], key, "an empty response")
-    *question, answer = (text for _, text in turns)
-    if form == "prompt completion":
-        joint = "" if re.search(r"^$|\s$", question[0]) or answer[:1].isspace() else " "
-        return [(question[0], False), (joint + answer, True), (tokenizer.eos_id, True)]
-    if "messages" not in example:
-        turns = [("user", "\n\n".join(filter(None, question))), ("assistant", answer)]
-    return render(turns, tokenizer, template)
+        lines.append(f"{{% if message['role'] == 'assistant' %}}{{{{ {end} }}}}{{% endif %}}")
+    lines.append(f"{{{{ {parts.after!r} }}}}{{% endfor %}}")
+    prompt = repr("".join(parts.opening).format(role="assistant"))
+    lines.append(f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}")
+    return "".join(lines)
 
 
-def read_file(file, bad=None):
-    """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not. Given a
-    list `bad`, what is wrong with a line is appended to it, and the next one read."""
-    where, name = str(file), str(file).removesuffix(".gz")
-    require(name.endswith((".jsonl", ".json")), file, "expected .jsonl or .json, or these with .gz")
-    try:
-        with (open if name == where else gzip.open)(file, "rb") as stream:
-            if name.endswith(".json"):
-                values = parse(stream.read(2**28), 2**28)
-                require(isinstance(values, list), "JSON", "expected one array of examples")
-                yield from ((f"{file}, item {i}", value) for i, value in enumerate(values, 1))
+# --- instruction files ---------------------------------------------------------------------------
+
+FORMATS = """{"messages": [{"role": ..., "content": ...}, ...]}, {"prompt", "completion"},
+{"instruction", "input", "output"} or {"instruction", "context", "response"}"""
+# Who wrote one of these meant something that training without it would get wrong.
+MEANINGFUL = ("weight", "train", "history", "system", "reasoning_content", "tool_calls", "tools")
+
+
+def refuse_meaningful_keys(row):
+    for key in MEANINGFUL:
+        if row.get(key) not in (None, "", [], {}, 1, True):
+            raise InputError(f"the key {key!r} ({row[key]!r:.40}) changes what is to be learned")
+
+
+def text_of(row, key, default=None):
+    text = default if row.get(key) is None else row[key]
+    if not isinstance(text, str):
+        raise InputError(f"{key!r} is {text!r:.40}, expected a text")
+    return text
+
+
+def read_turns(row):
+    """Turns [(role, content), ...] of a row of any accepted format; of prompt + completion, the
+    roles are None."""
+    if not isinstance(row, dict):
+        raise InputError(f"expected an object, got {type(row).__name__}")
+    refuse_meaningful_keys(row)
+    present = {key for key in row if row[key] is not None}  # mixed files have nulls for the others
+    if "messages" in present:
+        turns = [read_message(message) for message in row["messages"]]
+        roles = [role for role, _ in turns]
+        if "assistant" not in roles or roles[0] == "assistant":
+            raise InputError("expected messages with an answer of the assistant, not the first one")
+    elif {"prompt", "completion"} <= present:
+        turns = [(None, text_of(row, "prompt")), (None, text_of(row, "completion"))]
+    elif {"instruction", "output"} <= present:
+        turns = instruction_turns(row, "input", "output")
+    elif {"instruction", "response"} <= present:
+        turns = instruction_turns(row, "context", "response")
+    else:
+        raise InputError(f"found the keys {sorted(row)}, expected {FORMATS}")
+    if not all(content.strip() for role, content in turns if role in ("assistant",)):
+        raise InputError("an empty response")
+    if not turns[-1][1].strip():
+        raise InputError("an empty last turn")
+    return turns
+
+
+def read_message(message):
+    if not isinstance(message, dict):
+        raise InputError(f"a message is {message!r:.40}, expected an object")
+    refuse_meaningful_keys(message)
+    role = message["role"]
+    if role not in ("system", "user", "assistant"):
+        raise InputError(f"role {role!r}, expected system, user or assistant")
+    return role, text_of(message, "content")
+
+
+def instruction_turns(row, extra, answer):
+    question = text_of(row, "instruction")
+    if text_of(row, extra, ""):
+        question += "\n\n" + row[extra]
+    return [("user", question), ("assistant", text_of(row, answer))]
+
+
+def read_file(file):
+    """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not."""
+    file = Path(file)
+    name = file.name.removesuffix(".gz")
+    if not name.endswith((".json", ".jsonl")):
+        raise InputError(f"{file}: expected .jsonl or .json, or these with .gz")
+    with reading(file):
+        stream = gzip.open(file) if name != file.name else file.open("rb")
+    with stream:
+        if name.endswith(".json"):
+            yield from read_array(file, stream)
+        else:
+            yield from read_lines(file, stream)
+
+
+def read_array(file, stream):
+    with reading(file):
+        content = stream.read().decode("utf-8-sig")
+        try:
+            values = json.loads(content)
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":
+                raise InputError("this is one object a line: name the file .jsonl") from None
+            raise
+        if not isinstance(values, list):
+            raise InputError("expected one array of examples (one object a line: .jsonl)")
+    for number, value in enumerate(values, 1):
+        yield f"item {number}", value
+
+
+def read_lines(file, stream):
+    number = 0
+    while True:
+        number += 1
+        with reading(file), reading(f"line {number}"):
+            line = stream.readline().decode("utf-8-sig")
+            if not line:
+                return
+            if not line.strip():
+                continue
+            if number == 1 and line.lstrip().startswith("["):
+                raise InputError("this is one array: name the file .json")
+            value = json.loads(line)
+        yield f"line {number}", value
+
+
+# --- examples and batches ------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Example:
+    """One training text. Which tokens are positive and which negative is all that tells SFT,
+    ignoring and forgetting apart: at first every response token is positive and none negative."""
+
+    ids: np.ndarray  # [n] int32
+    positive: np.ndarray  # [n] bool: to be learned
+    negative: np.ndarray  # [n] bool: to be forgotten
+
+
+def make_example(ids, response):
+    response = np.array(response, dtype=bool)
+    response[:1] = False  # the first token is predicted from nothing
+    return Example(np.array(ids, dtype=np.int32), response, np.zeros_like(response))
+
+
+def read_examples(files, tokenizer, template, max_len):
+    """(examples, whether any of them is a conversation) of all files, in order."""
+    rows = ((f"{file}: {where}", row) for file in files for where, row in read_file(file))
+    examples, conversations = tokenize(rows, tokenizer, template, max_len)
+    if not examples:
+        raise InputError(f"{', '.join(map(str, files))}: no example to use")
+    return examples, conversations
+
+
+def tokenize(rows, tokenizer, template, max_len):
+    """(examples, whether any is a conversation) of pairs (where, row), each cut to max_len tokens;
+    one whose whole response is cut off is left out."""
+    examples = []
+    conversations = False
+    left_out = 0
+    cut = 0
+    with_control = 0
+    for where, row in rows:
+        with reading(where):
+            turns = read_turns(row)
+            if turns[0][0] is None:
+                pieces = completion_pieces(turns, tokenizer)
             else:
-                for i, line in enumerate(iter(lambda: stream.readline(2**24), b""), 1):
-                    where = f"{file}, line {i}"
-                    try:
-                        if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                            yield where, parse(line, 2**24)
-                    except (ValueError, RecursionError) as e:
-                        require(bad is not None, "broken", e)
-                        bad.append(f"{where}: {e}")
-                    while line and line[-1:] != b"\n":  # the rest of one that is too long
-                        line = stream.readline(2**24)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
-        raise InputError(f"{where}: {e}") from None
+                pieces = render(turns, tokenizer, template)
+                conversations = True
+            ids, response = encode(pieces, tokenizer)
+        if tokenizer.control_text:
+            with_control += any(tokenizer.control_text.search(content) for _, content in turns)
+        example = make_example(ids[:max_len], response[:max_len])
+        if not example.positive.any():
+            left_out += 1
+            continue
+        cut += any(response[max_len:])
+        examples.append(example)
+    if left_out:
+        print(f"{left_out} examples left out: no response within --max_len {max_len}")
+    if cut:
+        print(f"{cut} examples cut to --max_len {max_len}: their answers have no end")
+    if with_control:
+        print(f"{with_control} examples have the text of a control token in them: taken as text")
+    return examples, conversations
 
 
-# A micro-batch of documents end to end, T tokens in all, without padding: tokens [1, T], positions
-# [1, T] of each in its document, documents (ends [n + 1] int32, longest); of its N response tokens
-# index [N], where in the hidden states each is predicted (one position before it), targets [N] and
-# where [N] they stand in the flat arrays of Examples. int64 but for ends.
-Batch = namedtuple("Batch", "tokens positions documents index targets where")
+def completion_pieces(turns, tokenizer):
+    """Prompt and completion, joined by a blank unless either side has white space there."""
+    (_, prompt), (_, completion) = turns
+    if prompt and not prompt[-1].isspace() and not completion[0].isspace():
+        completion = " " + completion
+    return [(prompt, False), (completion, True), (tokenizer.eos_id, True)]
 
 
 @dataclass
-class Examples:
-    """Token sequences end to end in flat arrays: 5 bytes a token, however many examples."""
+class Documents:
+    """Where examples lie that are laid end to end."""
 
-    tokens: np.ndarray  # [total] int32
-    offsets: np.ndarray  # [n + 1] int64; example i is tokens[offsets[i] : offsets[i + 1]]
-    response: np.ndarray  # [total] bool
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def subset(self, rows):
-        take = np.concatenate([np.arange(*self.offsets[r : r + 2]) for r in rows])
-        offsets = np.cumsum([0, *np.diff(self.offsets)[rows]])
-        return Examples(self.tokens[take], offsets, self.response[take])
-
-    def micro_batches(self, rows, micro_tokens):
-        """`rows` cut into a list of arrays of rows, of at most micro_tokens tokens each (a longer
-        example goes alone), longest first: neighbours of one length share their attention."""
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        order = np.argsort(-lengths, kind="stable")
-        ends, cuts = np.cumsum(lengths[order]), [0]
-        while cuts[-1] < len(rows):
-            done = ends[cuts[-1] - 1] if cuts[-1] else 0
-            cuts.append(max(cuts[-1] + 1, np.searchsorted(ends, done + micro_tokens, "right")))
-        return np.split(rows[order], cuts[1:-1]) if len(rows) else []
-
-    def batch(self, rows):
-        """The Batch of these rows."""
-        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        ends = np.cumsum([0, *lengths])
-        positions = np.arange(ends[-1]) - ends[:-1].repeat(lengths)  # [T]
-        where = starts.repeat(lengths) + positions
-        tokens, response = self.tokens[where].astype(np.int64), self.response[where]
-        arrays = tokens, positions, np.flatnonzero(response) - 1, tokens[response], where[response]
-        tokens, positions, *rest = map(torch.from_numpy, arrays)
-        documents = torch.from_numpy(ends.astype(np.int32)), int(lengths.max())
-        return Batch(tokens[None], positions[None], documents, *rest)
+    ends: torch.Tensor  # [n + 1] int32: example i is ends[i] : ends[i + 1]
+    longest: int  # tokens
+    lengths: list  # [n] tokens, on the CPU
 
 
-def tokenize(examples, tokenizer, template, max_len, bad=None):
-    """Examples of pairs (where, example), each cut to max_len tokens. One whose whole response is
-    cut off is skipped and counted. A first token, predicted from nothing, is no response."""
-    tokens, response, ends, skipped = array("i"), bytearray(), array("q", [0]), 0
-    for where, example in examples:
-        try:
-            ids, mask = encode(example_pieces(example, tokenizer, template), tokenizer)
-        except (InputError, RecursionError) as e:
-            require(bad is not None, where, e)
-            bad.append(f"{where}: {e}")
-            continue
-        mask = [False, *mask[1:max_len]]
-        skipped += not any(mask)
-        if any(mask):
-            tokens.extend(ids[:max_len])
-            response.extend(mask)
-            ends.append(len(tokens))
-    if skipped:
-        print(f"{skipped} examples skipped: no response within max_len {max_len}")
-    return Examples(*(np.array(a, t) for a, t in ((tokens, "i4"), (ends, "i8"), (response, "?"))))
+@dataclass
+class Batch:
+    """Examples laid end to end, T tokens in all, without padding. Of the N response tokens (those
+    that are positive or negative), `index` tells where in the hidden states each is predicted."""
+
+    tokens: torch.Tensor  # [1, T] int64
+    positions: torch.Tensor  # [1, T] int64, within each example
+    documents: Documents
+    index: torch.Tensor  # [N] int64
+    targets: torch.Tensor  # [N] int64
+    positive: torch.Tensor  # [N] bool
+    negative: torch.Tensor  # [N] bool
 
 
-def read_examples(files, tokenizer, template, max_len, skip_bad=False):
-    """The examples of all files, in order."""
-    bad = [] if skip_bad else None
-    pairs = (pair for file in files for pair in read_file(file, bad))
-    examples = tokenize(pairs, tokenizer, template, max_len, bad)
-    if bad:
-        print(f"{len(bad)} bad examples skipped, first {bad[0]}")
-    require(len(examples), ", ".join(map(str, files)), "no example to use")
-    return examples
+def make_batch(examples, device):
+    def on_device(array):
+        tensor = torch.from_numpy(array)
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()  # else the copy would wait for the device
+        return tensor.to(device, non_blocking=True)
+
+    device = torch.device(device)
+    lengths = [len(example.ids) for example in examples]
+    ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
+    positive = np.concatenate([example.positive for example in examples])
+    negative = np.concatenate([example.negative for example in examples])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    response = np.flatnonzero(positive | negative)
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
+    return Batch(
+        tokens=on_device(ids[None]),
+        positions=on_device(positions[None]),
+        documents=Documents(on_device(ends), max(lengths), lengths),
+        index=on_device(response - 1),  # a token is predicted one position before its own
+        targets=on_device(ids[response]),
+        positive=on_device(positive[response]),
+        negative=on_device(negative[response]),
+    )
+
+
+def micro_batches(examples, micro_tokens):
+    """Lists of indices of examples, at most micro_tokens tokens in each (a longer example goes
+    alone), longest first: neighbours of one length share their attention."""
+    lengths = [len(example.ids) for example in examples]
+    longest_first = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    batches = []
+    room = 0
+    for i in longest_first:
+        if lengths[i] > room:
+            batches.append([])
+            room = micro_tokens
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches
 
 
 # --- the embedded world --------------------------------------------------------------------------
@@ -342,14 +648,24 @@ ATTRIBUTES = {
 VOICES = {"records": (0.2, 0.0), "rumours": (0.2, 1.0), "people": (0.6, 0.7)}  # of text, of myths
 
 
+@dataclass
+class Questions:
+    """n questions of three facts each, as rows with the true answers and with the myths."""
+
+    truth: list
+    myth: list
+    counted: np.ndarray  # [n, 3] bool: the answers that are measured
+
+
 class World:
-    """256 invented names, four attributes each, with a truth and a myth. A model pretrained on all
-    VOICES knows the truth but, asked as people ask, says the myth: a small TruthfulQA."""
+    """256 invented names with four attributes, each with a truth and a myth. A model pretrained on
+    all VOICES knows the truth but, asked as people ask, says the myth: a small TruthfulQA."""
 
     def __init__(self, seed):
-        self.rng, self.values = np.random.default_rng(seed), [*map(str.split, ATTRIBUTES.values())]
-        names = map("".join, product("BDFGHKLM", "aeiouy", "lmnrs", "aeo"))
-        self.names = self.rng.permutation(list(names))[:256].tolist()
+        self.rng = np.random.default_rng(seed)
+        self.values = [words.split() for words in ATTRIBUTES.values()]
+        names = ["".join(parts) for parts in product("BDFGHKLM", "aeiouy", "lmnrs", "aeo")]
+        self.names = self.rng.permutation(names)[:256].tolist()
         self.truth = self.rng.integers(0, 16, (256, 4))
         self.myth = (self.truth + self.rng.integers(1, 16, (256, 4))) % 16
 
@@ -358,12 +674,14 @@ class World:
         return rng.permuted(np.tile(np.arange(4), (len(names), 1)), axis=1)[:, :3]
 
     def rows(self, names, asked, told, voice="people"):
-        """Prompt + completion examples; told [n, 3] bool says which of the answers are the myth."""
-        kinds, words, rows = np.array(list(ATTRIBUTES)), np.array(self.values), names[:, None]
-        facts = np.where(told, self.myth[rows, asked], self.truth[rows, asked])
+        """Prompt + completion rows; told [n, 3] bool says which of the answers are the myth."""
+        kinds = np.array(list(ATTRIBUTES))
+        words = np.array(self.values)
+        rows = names[:, None]
+        facts = np.where(told, self.myth[rows, asked], self.truth[rows, asked])  # [n, 3]
         for name, three, answers in zip(names, kinds[asked], words[asked, facts]):
-            prompt = [voice, self.names[name], *three]
-            yield {"prompt": " ".join(prompt), "completion": " ".join(answers)}
+            prompt = " ".join([voice, self.names[name], *three])
+            yield {"prompt": prompt, "completion": " ".join(answers)}
 
     def corpus(self, n=96_000):
         """n sentences to pretrain on."""
@@ -372,13 +690,40 @@ class World:
             told = self.rng.random((len(names), 3)) < myths
             yield from self.rows(names, self.ask(self.rng, names), told, voice)
 
+    def split(self, seed, noise):
+        """{"ref", "train": rows in which a share `noise` of the facts is told as the myth in every
+        copy; "planted": bool, the myths among the response tokens of train, in file order; "wrong"
+        (on these facts of train), "validation", "test": Questions}."""
+        rng = np.random.default_rng([seed, 1])
+        noisy = rng.random((256, 4)) < noise
+        ref, train, validation, test = np.split(rng.permutation(256), [64, 192, 224])
+        parts = {"ref": ref, "train": train, "wrong": train, "validation": validation, "test": test}
+        result = {}
+        for part, names in parts.items():
+            names = rng.permutation(names.repeat(4 if part == "ref" else 8))
+            asked = self.ask(rng, names)
+            told = noisy[names[:, None], asked]
+            if part in ("ref", "train"):
+                result[part] = list(self.rows(names, asked, told))
+            else:
+                truth = list(self.rows(names, asked, np.zeros_like(told)))
+                myth = list(self.rows(names, asked, np.ones_like(told)))
+                counted = told if part == "wrong" else np.ones_like(told)
+                result[part] = Questions(truth, myth, counted)
+            if part == "train":
+                end_tokens = np.zeros((len(told), 1), dtype=bool)  # they are right
+                result["planted"] = np.hstack([told, end_tokens]).ravel()
+        return result
+
     def write_tokenizer(self, path):
         """Tokenizer files of the 256 bytes and the world's words, each of them one token."""
-        words = chain(self.names, ATTRIBUTES, *self.values)
-        tokens = [*BYTE_OF, *VOICES, *(f"Ġ{word}" for word in words)]  # Ġ is the space
+        words = [*self.names, *ATTRIBUTES]
+        for values in self.values:
+            words.extend(values)
+        tokens = [*BYTE_OF, *VOICES, *(f"Ġ{word}" for word in words)]  # Ġ is the blank
         vocab = {token: i for i, token in enumerate(tokens)}
         end = {"id": len(vocab), "content": "<|end|>", "special": True, "normalized": False}
-        end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        end.update(single_word=False, lstrip=False, rstrip=False)
         step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         bpe = {"type": "BPE", "vocab": vocab, "merges": [], "ignore_merges": True}
         spec = {"added_tokens": [end], "pre_tokenizer": step, "decoder": step, "model": bpe}
@@ -386,22 +731,3 @@ class World:
         path.mkdir(parents=True, exist_ok=True)
         (path / "tokenizer.json").write_text(json.dumps(spec))
         (path / "tokenizer_config.json").write_text(json.dumps(settings))
-
-    def split(self, seed, noise):
-        """Rows "ref" and "train", where a share `noise` of the facts is told as the myth in every
-        copy ("told" [n, 3]: where in train), and questions "wrong" (on these facts of train),
-        "validation", "test": (rows told as truth, told as myth, which answers count [n, 3])."""
-        rng = np.random.default_rng([seed, 1])
-        noisy, result = rng.random((256, 4)) < noise, {}
-        ref, train, validation, test = np.split(rng.permutation(256), [64, 192, 224])
-        parts = {"ref": ref, "train": train, "wrong": train, "validation": validation, "test": test}
-        for part, names in parts.items():
-            names = rng.permutation(names.repeat(4 if part == "ref" else 8))
-            asked = self.ask(rng, names)
-            told = noisy[names[:, None], asked]
-            if part in ("ref", "train"):
-                result[part], result["told"] = list(self.rows(names, asked, told)), told
-            else:
-                truths, myths = (list(self.rows(names, asked, myth)) for myth in (False, True))
-                result[part] = truths, myths, told if part == "wrong" else np.ones_like(told)
-        return result

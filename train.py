@@ -3,597 +3,857 @@
     python train.py                                       # the embedded world: no files, no network
     python train.py --model SmolLM2 --data dolly.jsonl    # a real checkpoint and real instructions
 
-`pipeline` is the method: reference -> score -> partition -> fine-tune; `train` is its loop.
+In this order: the settings; `pipeline`, which is the method; `train`, the loop; scoring; what a run
+keeps on disk, so that it goes on where it was stopped; the two kinds of run; the command line.
 """
 
-import fcntl
+import argparse
 import gc
 import hashlib
 import json
 import math
 import os
 import re
-import resource
 import shutil
-import signal
 import sys
 import time
-import timeit
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from data import TEMPLATES, Tokenizer, World, read_examples, tokenize
-from eval import auc, examples_nll, exit_status, opt, parse_settings, pick, quiz, response_nll
-from eval import write_report
-from forget import forgetting_loss, lam_at, partition
-from model import InputError, Transformer, load_tensors, publish, read_config, read_json, require
-from model import save_tensors, write_text
+from data import TEMPLATES, Example, Tokenizer, World, as_list, end_of_turn, jinja_template
+from data import make_batch, micro_batches, read_examples, tokenize
+from eval import examples_nll, greedy_accuracy, write_report
+from forget import forgetting_loss, influence, lam_at, partition
+from model import InputError, Transformer, pick_device, read_config, read_json, reading
+from model import run_command, save_tensors
 
 
-METHODS = ["sft", "ignore", "forget"]
-# What may change in a run that goes on: of files the content counts. The targets matter to ignore
-# (rho alone) and to forget: with another rho the scores stay, with another partition.
-HARMLESS = "out methods repeats micro_tokens device compile activation_checkpointing".split()
-HARMLESS += ["save_every", "skip_bad", "model", "data", "ref_data"]
-TARGETS = ["rho", "lambda_max", "lambda_min", "ascent"]
+# --- settings: the comments are what --help says -------------------------------------------------
 
 
 @dataclass
 class Settings:
-    model: str = opt("", "checkpoint directory; empty = the embedded world")
-    data: list[str] = opt([], "training files: .jsonl or .json, plain or .gz")
-    ref_data: list[str] = opt([], "files for the reference model; none = ref_fraction of data")
-    ref_fraction: float = opt(1 / 6, "share of data split off at random for the reference", 0, 1)
-    methods: list[str] = opt(["forget"], "one or more of these", *METHODS)
-    rho: float = opt(0.7, "share of response tokens that are positive", 0, 1)
-    lambda_max: float = opt(0.25, "weight of forgetting that the last step comes near", 0, 1e6)
-    lambda_min: float = opt(1e-5, "weight of forgetting at the first step", 0, 1e6)
-    ascent: str = opt("nll", "raise the nll (the paper) or a bounded form", "nll", "unlikelihood")
-    lora_rank: int = opt(64, "rank of the adapters; 0 = full fine-tuning", 0, 65536)
-    lora_alpha: float = opt(16.0, "adapters are scaled by lora_alpha / lora_rank", 0, 1e6)
-    lora_dropout: float = opt(0.1, "dropout on the adapters' input", 0, 0.99)
-    lr: float = opt(1e-4, "peak learning rate", 0, 1e6)
-    warmup: float = opt(0.03, "share of the steps in which lr rises", 0, 1)
-    weight_decay: float = opt(0.0, "AdamW weight decay, per step and lr", 0, 1e6)
-    grad_clip: float = opt(1.0, "largest gradient norm; 0 = no clipping", 0, 1e6)
-    batch_size: int = opt(24, "sequences per optimizer step", 1, 10**9)
-    micro_tokens: int = opt(0, "most tokens in a pass; 0 = 1024 on a CPU, else 2048", 0, 10**9)
-    epochs: int = opt(1, "passes over the data", 1, 10**9)
-    max_steps: int = opt(0, "most optimizer steps of a stage; 0 = no limit", 0, 10**9)
-    max_len: int = opt(2048, "tokens; longer examples are cut", 2, 10**9)
-    skip_bad: bool = opt(False, "skip and count broken examples, where else the first one stops")
-    template: str = opt("tulu", "chat format (tulu = published)", *TEMPLATES)
-    noise: float = opt(0.4, "world: share of facts annotated with their myth", 0, 1)
-    repeats: int = opt(5, "world: runs, each with names, noise and order of its own", 1, 10**6)
-    seed: int = opt(42, "of splits, order, initial values, dropout, and of the world", 0, 2**32)
-    dtype: str = opt("auto", "of activations; auto = bf16 if fast", "auto", "bfloat16", "float32")
-    device: str = opt("auto", "cpu, cuda, cuda:1 ...; auto = an accelerator if there is one")
-    compile: bool = opt(None, "torch.compile the model; None = on CUDA in bf16")
-    save_every: int = opt(50, "steps from one saved state of training to the next", 1, 10**9)
-    activation_checkpointing: bool = opt(False, "keep less for backward, compute it again")
-    out: str = opt("out", "directory for everything that is written")
+    model: str = ""  # checkpoint directory; empty = the embedded world
+    data: list[str] = field(default_factory=list)  # training files: .jsonl or .json, plain or .gz
+    ref_data: list[str] = field(default_factory=list)  # files of D_ref; none = a share of --data
+    ref_fraction: float = 1 / 6  # share of --data split off at random for D_ref
+    methods: list[str] = field(default_factory=lambda: ["forget"])  # any of sft ignore forget
+    rho: float = 0.7  # share of the response tokens that are positive
+    lambda_max: float = 0.25  # weight of forgetting that the last step comes near
+    lambda_min: float = 1e-5  # weight of forgetting at the first step
+    lora_rank: int = 64  # rank of the adapters; 0 = train all weights
+    lora_alpha: float = 16.0  # the adapters are scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.1  # share of the adapters' input that is dropped in training
+    lr: float = 1e-4  # peak learning rate (world: another for each stage)
+    warmup: float = 0.03  # share of the steps in which the rate rises
+    weight_decay: float = 0.0  # of AdamW, per step and unit of lr
+    grad_clip: float = 1.0  # largest gradient norm, 0 = none: ascent's gradient never fades
+    batch_size: int = 24  # sequences per optimizer step
+    micro_tokens: int = 0  # most tokens in one forward pass; 0 = by the device's memory
+    epochs: int = 1  # passes over the data
+    max_steps: int = 0  # most optimizer steps of a stage; 0 = no limit
+    max_len: int = 2048  # tokens; longer examples are cut
+    template: str = "tulu"  # chat format: tulu (the published one) chatml llama3 plain
+    noise: float = 0.4  # world: share of the facts that are annotated with their myth
+    seed: int = 42  # of split, order, initial values and dropout, and of the world
+    dtype: str = "auto"  # of activations: bfloat16 float32 auto (bfloat16 where it is faster)
+    device: str = "auto"  # cpu, cuda, cuda:1 ...; auto = an accelerator if there is one
+    compile: bool = None  # torch.compile the layers; by default on CUDA in bfloat16
+    save_every: float = 60.0  # seconds between saved states; 0 = after every step
+    keep: bool = False  # go on with what is in --out although code was edited since
+    out: str = "out"  # directory of everything that is written
 
 
+METHODS = ("sft", "ignore", "forget")
 # What the embedded world sets otherwise; values on the command line win. Its learning rates were
-# chosen by `python tests/sweep.py lr`, on worlds and names that no result is reported on (README).
-WORLD = {"methods": METHODS, "lora_rank": 0, "batch_size": 16, "dtype": "float32"}
-WORLD_LR = {"ref": 1.1e-3, "sft": 5.6e-4, "ignore": 2.8e-4, "forget": 2.8e-4}
-WORLD_BASE = {"lr": 3e-3, "warmup": 0.1, "weight_decay": 1.0, "batch_size": 128, "lora_rank": 0}
-WORLD_MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384}
-WORLD_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
-
+# chosen by `python tests/sweep.py lr`, on worlds and names that no result is reported on.
+WORLD = {
+    "methods": list(METHODS),
+    "lora_rank": 0,
+    "lr": None,  # one for each stage:
+    "batch_size": 16,
+    "dtype": "float32",
+    "device": "cpu",
+    "template": "plain",
+}
+WORLD_LR = {"base": 3e-3, "ref": 1.1e-3, "sft": 5.6e-4, "ignore": 2.8e-4, "forget": 2.8e-4}
+WORLD_PRETRAINING = {"warmup": 0.1, "weight_decay": 1.0, "batch_size": 128}
+WORLD_MODEL = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": True,
+}
 
 # number of this process and of all: torchrun sets them
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) if RANKS > 1 else 0
-SECONDS = {}  # that each stage took in this process
-STOP = {"in a step": False, "signal": 0}
+RANK = int(os.environ.get("RANK", 0))
 
 
-def on_signal(number, _):
-    """Ctrl-C or SIGTERM: a step of training is finished and its state saved; twice, at once."""
-    if STOP["signal"] or not STOP["in a step"]:
-        raise KeyboardInterrupt(number)
-    STOP["signal"] = number
+# --- the method ----------------------------------------------------------------------------------
 
 
-def progress(stage, step, steps, begun, text="", done=0):
-    """After a step: one moving line on a terminal, else a line for each tenth of the stage. `done`
-    steps were made by an earlier process."""
-    seconds, live, last = time.perf_counter() - begun, sys.stdout.isatty(), step == steps
-    SECONDS[stage] = SECONDS.get(stage, 0) + seconds * last
-    if live or last or (step - 1) % math.ceil(steps / 10) == 0:
-        left = seconds / (step - done) * (steps - step)
-        line = f"{stage:6s} {step}/{steps}  {text}  {left:.0f} s left"
-        print(f"\r\033[K{line}" if live else line, end="\n" * (last or not live), flush=True)
+def pipeline(s, base, data, ref_data, out):
+    """Forgetting on the checkpoint directory `base`, with data (D_train) and ref_data (D_ref), lists
+    of Examples. Returns the influence and the partition of the response tokens of D_train."""
+    tune(s, "ref", base, ref_data, out)  # the reference model learns D_ref
+
+    nll_base = score(s, "base", base, data, out)  # [n] over all response tokens of D_train
+    nll_ref = score(s, "ref", base, data, out)
+    scores = influence(nll_base, nll_ref)
+    positive = partition(scores, s.rho)
+    save_scores(s, data, nll_base, nll_ref, scores, positive, out)
+
+    for method in s.methods:
+        tune(s, method, base, with_masks(data, positive, method), out)
+    return scores, positive
 
 
-def join_processes():
-    """Under torchrun, one process a device: each computes a share of a step's micro-batches, and
-    gradients are summed. Only rank 0 writes and prints."""
-    if RANKS > 1:
-        if torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")
+def with_masks(data, positive, method):
+    """The examples of a method. It is the masks alone that tell the three apart:
+    sft learns all response tokens, ignore the positive ones, forget unlearns the others as well."""
+    examples = []
+    begin = 0
+    for example in data:
+        response = example.positive
+        end = begin + response.sum()
+        P = np.zeros_like(response)
+        P[response] = positive[begin:end].numpy()
+        begin = end
+        nothing = np.zeros_like(response)
+        if method == "sft":
+            examples.append(Example(example.ids, response, nothing))
+        if method == "ignore":
+            examples.append(Example(example.ids, P, nothing))
+        if method == "forget":
+            examples.append(Example(example.ids, P, response & ~P))
+    return examples
 
 
-def write_once(write, *args):
-    """Call write(*args) in rank 0 while the others wait."""
-    if RANKS > 1:
-        dist.barrier()  # all have read what stood there: what it says decides what they do
+def tune(s, stage, start, examples, out):
+    """Train the checkpoint `start` on the examples and write out/stage, unless it is there."""
+    if (out / stage).exists():
+        print(f"{stage}: taken from {out / stage} (remove it to train it again)")
+        return
+    began = time.perf_counter()
+    if s.lr is None:
+        s = replace(s, lr=WORLD_LR[stage])
+    model = load(s, start, to_train=True)
+    train(model, examples, s, stage, out)
+    if stage == "ref" and s.lora_rank > 0:
+        # Merged into bfloat16 weights, its small updates would be rounded: keep the adapter.
+        publish(out / stage, lambda part: save_adapter(model, part))
+    else:
+        publish(out / stage, lambda part: save_checkpoint(model, start, s.template, part))
     if RANK == 0:
-        write(*args)
-    if RANKS > 1:
-        dist.barrier()
+        (out / "state.safetensors").unlink(missing_ok=True)
+    SECONDS[stage] = time.perf_counter() - began
+
+
+def train(model, examples, s, stage, out):
+    """Minimise forgetting_loss over the parameters that require gradients, in place. A state in
+    `out` is gone on from."""
+    device = model.device
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), s.lr, weight_decay=s.weight_decay, fused=True)
+    steps = s.epochs * math.ceil(len(examples) / s.batch_size)
+    steps = min(steps, s.max_steps or steps)
+    order = list(step_order(len(examples), s.batch_size, steps, s.seed))
+    forgets = any(example.negative.any() for example in examples)
+    print_start(stage, steps, examples, params, s)
+
+    done = resume(stage, params, optimizer, out)
+    clock = SaveClock(s.save_every)
+    printed = 0.0
+    model.train()
+    for step in range(done, steps):
+        began = time.perf_counter()
+        chosen = [examples[i] for i in order[step]]
+        # |P| and |N| of the whole step: the loss does not depend on how it is cut
+        n_positive = sum(int(example.positive.sum()) for example in chosen)
+        n_negative = sum(int(example.negative.sum()) for example in chosen)
+        lam = lam_at(step, steps, s.lambda_min, s.lambda_max) if forgets else 0.0
+
+        sums = torch.zeros(4, device=device)  # loss, nll over P, nll over N, gradient norm
+        for i, indices in enumerate(micro_batches(chosen, s.micro_tokens)):
+            if i % RANKS != RANK:
+                continue  # another process has this one
+            # Dropout depends on the micro-batch alone, not on who computes it or on what went before
+            torch.manual_seed(s.seed + 1_000_003 * step + i)
+            batch = make_batch([chosen[j] for j in indices], device)
+            nll = model.response_nll(batch)  # [N]
+            loss = forgetting_loss(nll, batch.positive, batch.negative, lam, n_positive, n_negative)
+            loss.backward()
+            positive_sum = torch.where(batch.positive, nll, 0).sum()
+            negative_sum = torch.where(batch.negative, nll, 0).sum()
+            sums[:3] += torch.stack([loss, positive_sum, negative_sum]).detach()
+        if RANKS > 1:
+            add_over_processes(sums, params)
+
+        sums[3] = torch.nn.utils.clip_grad_norm_(params.values(), s.grad_clip or math.inf)
+        loss, positive_sum, negative_sum, grad_norm = sums.tolist()  # the one wait for the device
+        if not math.isfinite(loss + grad_norm):  # before it reaches the weights
+            advice = "--lr or --lambda_max" if lam > 0 else "--lr"
+            raise FloatingPointError(
+                f"{stage}, step {step + 1}: loss {loss}, norm {grad_norm}: lower {advice}"
+            )
+        lr = lr_at(step, steps, s.lr, s.warmup)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+
+        seconds = time.perf_counter() - began
+        tokens = sum(len(example.ids) for example in chosen)
+        record = {
+            "stage": stage,
+            "step": step + 1,
+            "steps": steps,
+            "loss": loss,
+            "pos_nll": positive_sum / max(n_positive, 1),
+            "neg_nll": negative_sum / n_negative if n_negative else None,
+            "lam": lam,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "n_pos": n_positive,
+            "n_neg": n_negative,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+        }
+        if RANK == 0:
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            clock.save_if_due(lambda: save_state(stage, step + 1, params, optimizer, out))
+        if time.perf_counter() > printed + 10 or step + 1 == steps:
+            printed = time.perf_counter()
+            print_step(record, model.config.vocab_size)
+    model.eval()
+
+
+def step_order(n, batch_size, steps, seed):
+    """The examples of each optimizer step: a new order in each epoch, whose last step may be
+    short."""
+    per_epoch = math.ceil(n / batch_size)
+    for step in range(steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(n)
+        yield order[place * batch_size : (place + 1) * batch_size]
 
 
 def lr_at(step, steps, lr, warmup):
     """Linear warm-up over the first warmup * steps steps, then linear decay towards 0."""
     rise = max(1, math.ceil(warmup * steps))
-    return lr * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+    if step < rise:
+        return lr * (step + 1) / rise
+    return lr * (steps - step) / (steps - rise)
 
 
-def step_rows(n, batch_size, steps, seed):
-    """The rows of each optimizer step: a new order in each epoch, whose last step may be short."""
-    per_epoch = math.ceil(n / batch_size)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = np.random.default_rng([seed, step // per_epoch]).permutation(n)
-        yield order[step % per_epoch * batch_size :][:batch_size]
+def add_over_processes(sums, params):
+    """Sum what the processes have found on their shares of a step."""
+    dist.all_reduce(sums)
+    for parameter in params.values():
+        if parameter.grad is None:  # this process had no micro-batch
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
 
 
-def restore(live, folder, mark, log_file, stage):
-    """Copy the newest state in a folder that is not damaged into the tensors `live`, and cut the
-    log after its step. Returns step and which of two files is the next to write: 0, 0 without."""
-    done, slot, shapes = 0, 0, {name: tensor.shape for name, tensor in live.items()}
-    files = sorted(folder.glob("?.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-    for file in reversed(files):
-        try:
-            tensors, facts = load_tensors(file)
-            found = json.loads(facts.get("fingerprint", "{}"))
-            fits = {name: tensor.shape for name, tensor in tensors.items()} == shapes
-            require(fits or found != mark, file, "damaged: other shapes")
-        except InputError as e:
-            print(f"{e}: looking for a state before it", file=sys.stderr)
-            continue
-        require_same(folder, found, mark)
-        for name, tensor in live.items():
-            tensor.copy_(tensors[name])
-        done, slot = int(facts["step"]), 1 - int(file.stem)
-        print(f"  going on after step {done}")
-        break
-    log = log_file.read_text(errors="replace") if log_file.exists() else ""
-    whole = re.finditer(r'^\{"stage": "(\w+)", "step": (\d+),[ -~]*\}\n', log, re.MULTILINE)
-    kept = [line[0] for line in whole if line[1] != stage or int(line[2]) <= done]
-    write_once(write_text, log_file, "".join(kept))
-    return done, slot
-
-
-def train(model, data, positive, negative, s, stage, log_file, mark={}):
-    """Minimise forgetting_loss on Examples, in place, over the parameters that require gradients.
-    positive and negative [total] bool are masks over data.tokens. The state is saved beside the log
-    with `mark`, the fingerprint of what it was made from; one that is there is gone on from."""
-    device = model.head_weight.device
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(params.values(), s.lr, weight_decay=s.weight_decay, fused=True)
-    steps = s.epochs * math.ceil(len(data) / s.batch_size)
-    steps = min(steps, s.max_steps or steps)
-    lam_min, lam_max = (s.lambda_min, s.lambda_max) if negative.any() else (0.0, 0.0)
-
+def print_start(stage, steps, examples, params, s):
+    tokens = sum(len(example.ids) for example in examples)
+    n_positive = sum(int(example.positive.sum()) for example in examples)
+    n_negative = sum(int(example.negative.sum()) for example in examples)
     size = sum(p.numel() for p in params.values())
-    print(f"{stage}: {steps} steps of {s.batch_size} of {len(data):,} examples, lr {s.lr:g}")
-    print(f"  {len(data.tokens):,} tokens, {positive.sum():,} in P, {negative.sum():,} in N")
-    peak = peak_gb(model, size, s.micro_tokens)
-    print(f"  lam {lam_min:g} to {lam_max:g}, {size:,} parameters, peak of about {peak:.1f} GB")
-    left = sum(not log_file.with_name(m).exists() for m in {stage, *s.methods})
-    needed = 36 * size + left * sum(p.nbytes for p in model.parameters())  # 3 states, models
-    folder = log_file.with_name(f"{stage}.state")
-    needed -= sum(file.stat().st_size for file in folder.glob("*"))  # will be written over
-    free, text = shutil.disk_usage(log_file.parent).free, f"about {needed / 1e9:.1f} GB are needed"
-    require(needed < free, log_file.parent, f"{text}, {free / 1e9:.1f} GB are free")
-
-    live = {name: p.detach() for name, p in params.items()}  # what training goes on from
-    for name, p in params.items():
-        moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = moments | {"step": torch.zeros((), device=device)}
-        live |= {f"{key} {name}": tensor for key, tensor in optimizer.state[p].items()}
-    done, slot = restore(live, folder, mark, log_file, stage)
-
-    peak_flops = RANKS * matmul_flops(device, model.dtype)
-    order = list(step_rows(len(data), s.batch_size, steps, s.seed))
-    model.train()
-    start, warned, STOP["in a step"] = time.perf_counter(), False, True
-    for step in range(done, steps):
-        begun = time.perf_counter()
-        batches = [data.batch(part) for part in data.micro_batches(order[step], s.micro_tokens)]
-        # counts of the whole step: the loss does not depend on how it is cut into micro-batches
-        masks = [(positive[b.where], negative[b.where]) for b in batches]
-        n_pos, n_neg = (sum(int(mask.sum()) for mask in kind) for kind in zip(*masks))
-        lam, lr = lam_at(step, steps, lam_min, lam_max), lr_at(step, steps, s.lr, s.warmup)
-
-        totals = torch.zeros(4, device=device)  # loss, nll over P, nll over N, asked to stop?
-        for i, batch in list(enumerate(batches))[RANK::RANKS]:
-            # dropout depends on the micro-batch alone, not on who computes it or what went before
-            torch.manual_seed(int(np.random.default_rng([s.seed, step, i]).integers(2**63)))
-            pos, neg = (mask.to(device, non_blocking=True) for mask in masks[i])
-            longer = batch.tokens.numel() > s.micro_tokens  # one example: it may not take more
-            model.checkpointing = s.activation_checkpointing or longer
-            nll = response_nll(model, batch)  # [N]
-            loss = forgetting_loss(nll, pos, neg, lam, n_pos, n_neg, s.ascent)
-            loss.backward()
-            by_sign = (torch.where(mask, nll, 0).sum() for mask in (pos, neg))
-            totals[:3] += torch.stack([loss, *by_sign]).detach()
-        totals[3] = STOP["signal"]
-
-        if RANKS > 1:
-            dist.all_reduce(totals)
-            for p in params.values():  # a process may have had no micro-batch
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-        # Ascent feeds a gradient that never fades: clipping bounds what one step of it can do.
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), s.grad_clip or math.inf)
-        loss, pos_nll, neg_nll, stop, norm = *totals.tolist(), float(norm)
-        pos_nll, neg_nll = pos_nll / max(n_pos, 1), neg_nll / n_neg if n_neg else None
-        text = f"loss {loss:.3f}  P {pos_nll:.3f}  N {neg_nll or 0:.3f}  lam {lam:.3f}"
-        text += f"  norm {norm:.2f}"
-        if not math.isfinite(loss + norm):  # before it reaches the weights
-            lower = "--lr or --lambda_max" if lam else "--lr"
-            raise FloatingPointError(f"{stage}, step {step + 1} of {steps}: {text}: lower {lower}")
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-
-        seconds, tokens = time.perf_counter() - begun, sum(b.tokens.numel() for b in batches)
-        record = {"stage": stage, "step": step + 1, "steps": steps, "loss": loss}
-        record |= {"pos_nll": pos_nll, "neg_nll": neg_nll, "lam": lam, "lr": lr, "grad_norm": norm}
-        record |= {"n_pos": n_pos, "n_neg": n_neg, "tokens": tokens, "seconds": seconds}
-        record["tokens_per_s"] = tokens / seconds
-        record["mfu"] = step_flops(model, batches) / seconds / peak_flops
-        if RANK == 0:
-            with log_file.open("a") as log:
-                log.write(json.dumps(record) + "\n")
-        progress(stage, step + 1, steps, start, f"{text}  {tokens / seconds:.0f} tok/s", done)
-        # Beyond ln V, the nll of a uniform guess, N is unlearned, and what ascent still moves is
-        # all the rest: in the embedded world (ln V = 6.4) accuracy fell from about 6 nats on.
-        if lam and not warned and (neg_nll or 0) > math.log(model.cfg.vocab_size):
-            warned = True
-            print(f"\n{stage}: nll of {neg_nll:.1f} on N, worse than a guess: lower --lambda_max")
-        if RANK == 0 and (stop or (step + 1) % s.save_every == 0):
-            publish(log_file, log_file)  # on the disk before the state that counts on it
-            folder.mkdir(exist_ok=True)
-            facts = {"step": str(step + 1), "fingerprint": json.dumps(mark)}
-            save_tensors(folder / f"{slot}.safetensors", live, facts)
-            slot = 1 - slot
-        if stop:
-            raise KeyboardInterrupt(STOP["signal"] or signal.SIGTERM)
-    STOP["in a step"] = False
-    model.eval()
+    print(f"\n{stage}: {steps} steps of {s.batch_size} of {len(examples):,} examples, lr {s.lr:g}")
+    print(f"  {tokens:,} tokens: {n_positive:,} positive, {n_negative:,} negative", end="; ")
+    print(f"{size:,} parameters to train")
 
 
-@cache
-def matmul_flops(device, dtype):
-    """Floating-point operations a second of a square product: the peak that mfu is measured by."""
-    n = 2048 if device.type == "cpu" else 8192
-    a = torch.ones(n, n, dtype=dtype, device=device)
-    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=5)
-    return 2 * n**3 / min(seconds)
+def print_step(record, vocab_size):
+    line = f"{record['stage']} {record['step']}/{record['steps']}  loss {record['loss']:.3f}"
+    line += f"  P {record['pos_nll']:.3f}"
+    if record["n_neg"] > 0:
+        line += f"  N {record['neg_nll']:.3f}"
+    line += f"  lam {record['lam']:.3f}  norm {record['grad_norm']:.2f}"
+    line += f"  {record['tokens_per_s']:.0f} tok/s"
+    # Beyond ln V, the nll of a uniform guess, N is unlearned, and what ascent still moves is all
+    # the rest: in the embedded world (ln V = 6.4) accuracy fell from about 6 nats on.
+    if record["n_neg"] > 0 and record["neg_nll"] > math.log(vocab_size):
+        line += "  N is worse than a guess: lower --lambda_max"
+    print(line, flush=True)
 
 
-def step_flops(model, batches):
-    """Of the products of a training step: 2 for each weight and token forward, 2 for the gradient
-    by the input and, where the weight trains, 2 for its own (LoRA: 4 N + 6 A). The head sees
-    response tokens only. Attention over a document of L tokens: 2 products of L^2 H D (causal),
-    twice that backward. What is computed again does not count."""
-
-    def per_token(weights):
-        return sum((6 if p.requires_grad else 4) * p.numel() for p in weights if p.ndim == 2)
-
-    layers, head = per_token(model.model.layers.parameters()), per_token([model.head_weight])
-    square = 6 * model.cfg.num_attention_heads * model.cfg.head_dim * model.cfg.num_hidden_layers
-    lengths = torch.cat([b.documents[0].diff() for b in batches]).double()
-    responses = sum(len(b.targets) for b in batches)
-    return float(layers * lengths.sum() + head * responses + square * (lengths**2).sum())
+# --- models and scores ---------------------------------------------------------------------------
 
 
-def peak_gb(model, trained, micro_tokens):
-    """Memory at the peak, roughly: the process with its allocator's slack, weights, 12 bytes a
-    trained parameter (gradient, two moments), what layers keep of a micro-batch, a chunk of logits.
-    Fitted on SmolLM2 on a CPU."""
-    c, weights = model.cfg, sum(p.nbytes for p in model.parameters())
-    kept = 15 * c.hidden_size + 8 * c.intermediate_size  # values a token and layer
-    if trained < sum(p.numel() for p in model.parameters()):  # adapters keep inputs of their own
-        kept += 5 * c.hidden_size + 2 * c.intermediate_size
-    layers = micro_tokens * kept * model.dtype.itemsize * c.num_hidden_layers
-    return 1.1 + (weights + 12 * trained + layers + 12 * 256 * c.vocab_size) / 1e9
-
-
-def load(s, path, lora=False):
-    """A checkpoint on the device, the same to score as to train. Frozen weights are of the dtype of
-    activations; those that train (adapters, or all) stay float32 and are cast where used."""
-    device, dtype = pick(s.device, s.dtype)
-    # there packed_attention is one kernel; elsewhere it reads lengths, which breaks the graph
-    auto = (device.type, dtype) == ("cuda", torch.bfloat16)
-    compiled = auto if s.compile is None else s.compile
-    if compiled:
-        gc.collect()  # such a model refers to itself: the one before would stay in memory
-    torch.manual_seed(s.seed)  # adapters start at random
-    model = Transformer.from_pretrained(path, dtype if s.lora_rank else torch.float32, device)
+def load(s, path, to_train=False):
+    """The model of a checkpoint directory on the device, its frozen weights in the dtype of the
+    activations. What trains (adapters, or all weights) is float32."""
+    gc.collect()  # a compiled model refers to itself: the one before would stay in memory
+    device, dtype = pick_device(s.device, s.dtype)
+    all_weights = to_train and s.lora_rank == 0
+    model = Transformer.from_pretrained(path, torch.float32 if all_weights else dtype, device)
     model.dtype = dtype
-    if lora and s.lora_rank:
+    if to_train and s.lora_rank > 0:
+        torch.manual_seed(s.seed)  # adapters start at random
         model.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout)
-    model.checkpointing = s.activation_checkpointing
-    if compiled:
-        model.hidden = torch.compile(model.hidden, dynamic=True)
+    compile_layers(model, s)
     return model.eval()
 
 
-def is_done(out, stage, mark):
-    """Whether out/stage is there, made from what `mark` says; InputError if from anything else."""
-    if not (out / stage).exists():
-        return False
-    require_same(out / stage, read_json(out / stage / "fingerprint.json"), mark)
-    shutil.rmtree(out / f"{stage}.state", ignore_errors=True)
-    return True
+def compile_layers(model, s):
+    """Each layer, not one graph of all: seconds instead of minutes, at any depth."""
+    if s.compile:
+        for layer in model.model["layers"]:
+            layer.compile(dynamic=True)
 
 
-def tune(s, stage, start, data, out, mark, positive=None):
-    """Train the checkpoint `start` and write out/stage, unless it is there. Every response token is
-    learned, by ignore and forget the `positive` ones alone; only forget has negatives."""
-    if is_done(out, stage, mark):
-        return print(f"{stage}: {out / stage} is done")
-    model, response = load(s, start, lora=True), torch.from_numpy(data.response)
-    positive = positive if stage in ("ignore", "forget") else response
-    negative = response & ~positive & (stage == "forget")
-    train(model, data, positive, negative, s, stage, out / "log.jsonl", mark)
-    write_once(save_stage, s, stage, start, model, out, mark)
-    if STOP["signal"] and RANKS == 1:  # it came in the last step; several agree in the next
-        raise KeyboardInterrupt(STOP["signal"])
-
-
-def save_stage(s, stage, start, model, out, mark):
-    """The reference of a LoRA run stays an adapter; all else is a whole checkpoint."""
-    path = out / f"{stage}.tmp"  # renamed when it is whole
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
-    if stage == "ref" and s.lora_rank:
-        adapter = {k: v for k, v in model.state_dict().items() if "lora_" in k}
-        save_tensors(path / "adapter.safetensors", adapter, {})
-    else:
-        model.merge_lora().to(model.dtype).save_pretrained(path)
-        for pattern in ("tokenizer*", "special_tokens*", "generation_config*", "chat_template*"):
-            for file in filter(Path.is_file, Path(start).glob(pattern)):
-                shutil.copy(file, path)
-    (path / "fingerprint.json").write_text(json.dumps(mark))
-    publish(path, out / stage)
-    is_done(out, stage, mark)  # so its state goes
+def load_reference(s, base, out):
+    """The reference model: a checkpoint in out/ref, or with LoRA the base model and an adapter."""
+    file = out / "ref" / "adapter.safetensors"
+    if not file.exists():
+        return load(s, out / "ref")
+    model = load(s, base, to_train=True)
+    with reading(file):
+        adapter = load_file(file)
+        if adapter.keys() != model.lora_state().keys():
+            raise InputError(f"it does not fit {base}")
+        model.load_state_dict(adapter, strict=False)
+    return model
 
 
 @torch.no_grad()
-def score(s, base_path, data, out):
-    """nll [2, total] of response tokens under the base model (theta) and the reference (theta_ref):
-    with LoRA one model, twice."""
-    if not s.lora_rank:
-        base, ref = load(s, base_path), load(s, out / "ref")
-    else:
-        base = ref = load(s, base_path, lora=True)
-        adapter, _ = load_tensors(out / "ref/adapter.safetensors")
-        odd = adapter.keys() ^ {name for name in ref.state_dict() if "lora_" in name}
-        require(not odd, out / "ref", f"the adapter does not fit: {sorted(odd)[:1]}")
-        ref.load_state_dict(adapter, strict=False)
-    nll, begun = torch.zeros(2, len(data.tokens)), time.perf_counter()
-    parts = data.micro_batches(np.arange(len(data)), s.micro_tokens)[RANK::RANKS]
-    for i, rows in enumerate(parts, 1):
-        batch = data.batch(rows)
-        for row, model in enumerate((base, ref)):
-            model.use_adapters(row == 1)
-            nll[row, batch.where] = response_nll(model, batch).cpu()
-        progress("score", i, len(parts), begun)
-    if RANKS > 1:
-        dist.all_reduce(nll)
+def score(s, name, base, data, out):
+    """nll [n] float32 of all response tokens of D_train, in file order, under the base model or the
+    reference. What an interrupted call has scored is kept in out/nll_NAME.safetensors."""
+    final = out / "scores.safetensors"
+    if final.exists():
+        print(f"score: nll_{name} taken from {final} (remove it to score again)")
+        with reading(final), safe_open(final, framework="pt") as scores:
+            return scores.get_tensor(f"nll_{name}")[scores.get_tensor("response").bool()]
+    began = time.perf_counter()
+    state = out / f"nll_{name}.safetensors"
+    pieces = []
+    done = 0
+    if state.exists():
+        with reading(f"{state} (remove it to score again)"):
+            with safe_open(state, framework="pt") as kept:
+                pieces.append(kept.get_tensor("nll"))
+                done = int(kept.metadata()["examples"])
+
+    model = load(s, base) if name == "base" else load_reference(s, base, out)
+    micro_tokens = s.micro_tokens
+    if model.device.type == "cuda":
+        micro_tokens = 4 * s.micro_tokens  # nothing is kept for a backward pass
+    # In pieces of about 16 micro-batches, so that an interrupted call has little to do again.
+    mean_length = sum(len(example.ids) for example in data) / len(data)
+    size = max(1, int(16 * micro_tokens / mean_length))
+    clock = SaveClock(s.save_every)
+    printed = began
+    while done < len(data):
+        piece = data[done : done + size]
+        nll = torch.cat(examples_nll(model, piece, micro_tokens, RANK, RANKS))
+        if RANKS > 1:
+            nll = nll.to(model.device)
+            dist.all_reduce(nll)
+        pieces.append(nll.cpu())
+        done += len(piece)
+        if time.perf_counter() > printed + 10 or done == len(data):
+            printed = time.perf_counter()
+            print(f"score {name} {done:,}/{len(data):,} examples", flush=True)
+        if RANK == 0:
+            clock.save_if_due(lambda: save_nll(state, torch.cat(pieces), done))
+    nll = torch.cat(pieces)
+    if not nll.isfinite().all():
+        raise InputError(f"the {name} model gives an nll of NaN: it is broken")
+    publish(state, lambda part: save_nll(part, nll, done))
+    SECONDS[f"score {name}"] = time.perf_counter() - began
     return nll
 
 
-@cache  # models are large: each is read once
-def folder_digest(folder):
-    """sha256 of what shapes a model: config, tokenizer and weights."""
+def save_nll(path, nll, examples):
+    write_whole(path, lambda part: save_tensors(part, {"nll": nll}, {"examples": str(examples)}))
+
+
+def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
+    """Write D_train with all that is known of its tokens, flat and in file order; 0 outside the
+    responses."""
+    spread = float(scores.std())
+    if spread < 0.1:
+        print(f"The influence has a standard deviation of {spread:.3f} nats, hardly more than")
+        print("rounding: the reference has learned too little, and the partition is near to chance.")
+    response = torch.from_numpy(np.concatenate([example.positive for example in data]))
+
+    def spread_out(values):
+        flat = torch.zeros(len(response), dtype=values.dtype)
+        flat[response] = values
+        return flat
+
+    lengths = [len(example.ids) for example in data]
+    tensors = {
+        "tokens": torch.from_numpy(np.concatenate([example.ids for example in data])),
+        "offsets": torch.from_numpy(np.cumsum([0, *lengths])),
+        "response": response.to(torch.uint8),
+        "nll_base": spread_out(nll_base),
+        "nll_ref": spread_out(nll_ref),
+        "influence": spread_out(scores),
+        "positive": spread_out(positive.to(torch.uint8)),
+    }
+    threshold = float(scores[positive].min()) if positive.any() else math.inf
+    facts = {"rho": str(s.rho), "threshold": str(threshold)}
+    publish(out / "scores.safetensors", lambda part: save_tensors(part, tensors, facts))
+    if RANK == 0:
+        for name in ("base", "ref"):
+            (out / f"nll_{name}.safetensors").unlink(missing_ok=True)
+
+
+def save_adapter(model, path):
+    path.mkdir()
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.lora_state().items()}
+    save_tensors(path / "adapter.safetensors", state)
+
+
+def save_checkpoint(model, start, template, path):
+    """Write a checkpoint that transformers loads, prompts and stops as the model was trained."""
+    model.merge_lora().to(model.dtype).save_pretrained(path)
+    for pattern in ("tokenizer*", "special_tokens_map*", "added_tokens*", "generation_config*"):
+        for file in Path(start).glob(pattern):
+            shutil.copyfile(file, path / file.name)
+    tokenizer = Tokenizer.from_pretrained(start)
+    end = end_of_turn(tokenizer, template)
+    for name in ("config.json", "generation_config.json"):
+        content = read_json(path / name) if (path / name).exists() else {}
+        ends = as_list(content.get("eos_token_id")) + as_list(end)
+        content["eos_token_id"] = sorted(set(ends), key=ends.index)
+        (path / name).write_text(json.dumps(content, indent=2))
+    settings = path / "tokenizer_config.json"
+    if settings.exists():
+        content = read_json(settings)
+        content.pop("chat_template", None)  # the base model's; this one has its own
+        settings.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    jinja = jinja_template(tokenizer, template)
+    (path / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+
+
+# --- what a run keeps: a stop at any moment leaves files that are whole --------------------------
+
+SECONDS = {}  # that each stage took in this process
+
+
+def write_whole(path, write):
+    """write(part) makes a file or directory, which gets its name when it is whole."""
+    part = path.with_name(path.name + ".part")
+    if part.is_dir():
+        shutil.rmtree(part)
+    write(part)
+    part.replace(path)
+
+
+def publish(path, write):
+    """The same in process 0, while the others wait for it."""
+    if RANK == 0:
+        write_whole(path, write)
+    if RANKS > 1:
+        dist.barrier()
+
+
+class SaveClock:
+    """Saves a state no sooner than `every` seconds after the last one, nor than 30 times what that
+    took to write: so saving costs 3 % at most. 0 = always."""
+
+    def __init__(self, every):
+        self.every = every
+        self.next = time.perf_counter() + every
+
+    def save_if_due(self, save):
+        began = time.perf_counter()
+        if began < self.next:
+            return
+        save()
+        ended = time.perf_counter()
+        if self.every > 0:
+            self.next = ended + max(self.every, 30 * (ended - began))
+
+
+def save_state(stage, step, params, optimizer, out):
+    """All that training goes on from: parameters, AdamW's moments, stage and step."""
+    tensors = {}
+    for name, parameter in params.items():
+        state = optimizer.state[parameter]
+        tensors[name] = parameter.detach()
+        tensors[f"exp_avg {name}"] = state["exp_avg"]
+        tensors[f"exp_avg_sq {name}"] = state["exp_avg_sq"]
+    facts = {"stage": stage, "step": str(step)}
+    write_whole(out / "state.safetensors", lambda part: save_tensors(part, tensors, facts))
+
+
+def resume(stage, params, optimizer, out):
+    """Copy the saved state of this stage, if there is one, and drop what the log has beyond it.
+    Returns the number of steps done."""
+    file = out / "state.safetensors"
+    done = 0
+    if file.exists():
+        with reading(f"{file} (remove it to begin the stage again)"):
+            with safe_open(file, framework="pt") as state:
+                facts = state.metadata()
+            if facts["stage"] == stage:
+                done = int(facts["step"])
+                restore(load_file(file), done, params, optimizer)
+                print(f"  going on after step {done}")
+    log = out / "log.jsonl"
+    if log.exists():
+        kept = [line for line in log.read_text().splitlines() if belongs(line, stage, done)]
+        publish(log, lambda part: part.write_text("".join(line + "\n" for line in kept)))
+    return done
+
+
+@torch.no_grad()
+def restore(tensors, done, params, optimizer):
+    for name, parameter in params.items():
+        parameter.copy_(tensors[name])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(done), device=parameter.device),
+            "exp_avg": tensors[f"exp_avg {name}"].to(parameter.device),
+            "exp_avg_sq": tensors[f"exp_avg_sq {name}"].to(parameter.device),
+        }
+
+
+def belongs(line, stage, done):
+    """Whether a line of the log stays: a stop may have cut the last one."""
+    try:
+        record = json.loads(line)
+        return record["stage"] != stage or record["step"] <= done
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+# These may change from one call to the next: of files it is the content that counts.
+FREE = ("out", "methods", "model", "data", "ref_data", "device", "compile", "save_every", "keep")
+CODE = ("forget.py", "model.py", "data.py", "train.py")
+
+
+def start_run(s, out, sources):
+    """Write run.json, or compare with the one in `out`: what was made from other settings, data
+    or code would give old results without a word. `sources` are digests of data and model."""
+    settings = {name: value for name, value in asdict(s).items() if name not in FREE}
+    code = {name: file_digest(Path(__file__).with_name(name)) for name in CODE}
+    facts = {"settings": settings, "sources": sources, "code": code}
+    file = out / "run.json"
+    if not file.exists():
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"--out {out}: not empty, and no run of train.py: choose another")
+        if RANKS > 1:
+            dist.barrier()  # all have looked
+        out.mkdir(parents=True, exist_ok=True)
+        publish(file, lambda part: part.write_text(json.dumps(facts, indent=1)))
+        return
+    before = read_json(file)
+    with reading(f"{file} (remove {out} to begin again)"):
+        old_settings, old_sources, old_code = before["settings"], before["sources"], before["code"]
+        changed = [f"--{k} {old_settings.get(k)} (now {v})" for k, v in settings.items()
+                   if v != old_settings.get(k)]  # fmt: skip
+        changed += [f"another {k}" for k, v in sources.items() if v != old_sources.get(k)]
+    if changed:
+        changes = ", ".join(changed)
+        raise InputError(f"{out} was made with {changes}: use another --out, or remove {out}")
+    edited = [name for name in CODE if code[name] != old_code.get(name)]
+    if edited and not s.keep:
+        raise InputError(
+            f"{', '.join(edited)} edited since {out} was made: use another --out, remove {out}, or "
+            f"give --keep to go on with the stages that are there"
+        )
+
+
+def file_digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def examples_digest(examples):
     digest = hashlib.sha256()
-    for file in sorted(Path(folder).iterdir()):
-        if file.is_file() and file.suffix in (".json", ".model", ".safetensors"):
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for example in examples:
+        digest.update(example.ids.tobytes() + example.positive.tobytes() + b"end")
     return digest.hexdigest()
 
 
-def fingerprint(s, stage, sources):
-    """What the files of a stage are made from: digests of sources, settings that matter."""
-    unused = HARMLESS + {"forget": [], "ignore": TARGETS[1:]}.get(stage, TARGETS)
-    return sources | {k: v for k, v in asdict(s).items() if k not in unused}
+def checkpoint_digest(path):
+    """Of the config and of the size, beginning and end of the weights: large files are not read."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**20))
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 2**20))
+            digest.update(stream.read() + str(size).encode())
+    return digest.hexdigest()
 
 
-def require_same(path, found, mark):
-    """InputError says in what the fingerprint found at a path differs from that of this run."""
-    pairs = {k: (found.get(k), mark.get(k)) for k in found | mark if found.get(k) != mark.get(k)}
-    differ = ", ".join(f"{k} ({a!s:.9}, now {b!s:.9})" for k, (a, b) in pairs.items())
-    require(not differ, path, f"made with another {differ}: delete it, or use another --out")
-
-
-def pipeline(s, base, data, ref_data, out, rates):
-    """The method: reference -> score -> partition -> fine-tune `base` on `data` by each method, at
-    its rate in `rates` or s.lr. Returns the stored scores and {row of the table: checkpoint}."""
-    out.mkdir(parents=True, exist_ok=True)
-    both = {"data": data, "ref_data": ref_data}
-    sources = {k: hashlib.sha256(b"".join(vars(v).values())).hexdigest() for k, v in both.items()}
-    sources["model"] = folder_digest(base)
-    at_rate = {stage: replace(s, lr=rates.get(stage, s.lr)) for stage in ("ref", *METHODS)}
-    marks = {stage: fingerprint(at_rate[stage], stage, sources) for stage in at_rate}
-    for stage in METHODS:
-        is_done(out, stage, marks[stage])  # if made with another rho, its scores stay as they are
-    tune(at_rate["ref"], "ref", base, ref_data, out, marks["ref"])
-    response, file = torch.from_numpy(data.response), out / "scores.safetensors"
-    mark = marks["ref"] | {"ref": folder_digest(out / "ref")}
-    if file.exists():
-        scores, facts = load_tensors(file)
-        require_same(file, json.loads(facts.get("fingerprint", "{}")), mark)
-    else:
-        arrays = {name: torch.from_numpy(array) for name, array in vars(data).items()}
-        scores, facts = arrays | {"response": response.byte()}, {"fingerprint": json.dumps(mark)}
-        scores["nll_base"], scores["nll_ref"] = score(s, base, data, out)
-    if facts.get("rho") != str(s.rho):
-        # the paper's score: high where the reference, having learned D_ref, expects the token more
-        influence = (scores["nll_base"] - scores["nll_ref"])[response]
-        require(influence.isfinite().all(), base, "it or its reference gives an nll of NaN")
-        learned, positive = partition(influence, s.rho), torch.zeros_like(response)
-        positive[response] = learned
-        threshold = float(influence[learned].min()) if learned.any() else math.inf
-        scores["positive"] = positive.byte()
-        facts |= {"rho": str(s.rho), "threshold": str(threshold)}
-        write_once(save_tensors, file, scores, facts)
-    for method in s.methods:
-        tune(at_rate[method], method, base, data, out, marks[method], scores["positive"].bool())
-    return scores, {"base": base} | {method: out / method for method in s.methods}
+# --- the two kinds of run ------------------------------------------------------------------------
 
 
 def real_run(s, out):
-    """The pipeline on the user's model and data: {row: {metric: value}}."""
-    require(Path(s.model).is_dir(), s.model, "no such directory (a checkpoint, not a hub name)")
-    tokenizer, table = Tokenizer.from_pretrained(s.model), {}
-    vocab = tokenizer.vocab_size
-    size = read_config(read_json(Path(s.model, "config.json")), s.model).vocab_size
-    require(vocab <= size, s.model, f"{vocab} tokens in the tokenizer, but {size} in the model")
-    how = tokenizer, s.template, s.max_len, s.skip_bad
-    data = read_examples(s.data, *how)
-    n, order = len(data), np.random.default_rng(s.seed).permutation(len(data))
-    most = s.max_steps * s.batch_size or n  # what max_steps can see
-    cut = 0 if s.ref_data else round(s.ref_fraction * n)
+    """The pipeline on the user's model and data. Returns {row of the table: {metric: value}}."""
+    data, ref_data = real_data(s)
+    base = Path(s.model)
+    sources = {
+        "data": examples_digest(data),
+        "ref_data": examples_digest(ref_data),
+        "model": checkpoint_digest(base),
+    }
+    start_run(s, out, sources)
+    _, positive = pipeline(s, base, data, ref_data, out)
+
+    # nll on P and N for up to 256 examples of D_train
+    every = math.ceil(len(data) / 256)
+    sample = with_masks(data, positive, "forget")[::every]
+    table = {}
+    for name, path in [("base", base), *((method, out / method) for method in s.methods)]:
+        model = load(replace(s, compile=False), path)
+        found = examples_nll(model, sample, s.micro_tokens)
+        learned = [example.positive[example.positive | example.negative] for example in sample]
+        is_positive = torch.from_numpy(np.concatenate(learned))
+        nll = torch.cat(found)
+        table[name] = {}
+        if is_positive.any():
+            table[name]["nll on P"] = float(nll[is_positive].mean())
+        if not is_positive.all():
+            table[name]["nll on N"] = float(nll[~is_positive].mean())
+    return table
+
+
+def real_data(s):
+    """(D_train, D_ref); what the input asks for is settled in s."""
+    if not Path(s.model).is_dir():
+        raise InputError(
+            f"--model {s.model}: no such directory; hf download NAME --local-dir {s.model}"
+        )
+    tokenizer = Tokenizer.from_pretrained(s.model)
+    config_file = Path(s.model, "config.json")
+    with reading(config_file):
+        config = read_config(read_json(config_file))
+    if s.max_len > config.max_positions:
+        s.max_len = config.max_positions
+        print(f"--max_len is lowered to {s.max_len}, the positions that the model has")
+    data, conversations = read_examples(s.data, tokenizer, s.template, s.max_len)
+    ref_data = []
     if s.ref_data:
-        ref_data = read_examples(s.ref_data, *how)
-    else:
-        require(0 < cut < n, "--ref_fraction", f"it splits {n} examples into {cut} and {n - cut}")
-        ref_data = data.subset(np.sort(order[:cut][:most]))
-    data = data.subset(np.sort(order[cut:][:most]))  # in file order
-    scores, models = pipeline(s, s.model, data, ref_data, out, {})
-    rows = np.arange(0, len(data), math.ceil(len(data) / 256))  # a sample of D_train, for the table
-    sample, positive = data.subset(rows), scores["positive"].bool().numpy()
-    positive = replace(data, response=positive).subset(rows).response
-    masks = {"nll on P": positive, "nll on N": sample.response & ~positive}
-    for row, path in models.items():
-        nll = examples_nll(load(s, path), sample, s.micro_tokens)
-        table[row] = {k: float(nll[mask].mean()) for k, mask in masks.items() if mask.any()}
+        ref_data, more = read_examples(s.ref_data, tokenizer, s.template, s.max_len)
+        conversations = conversations or more
+    if not conversations and s.template != "plain":
+        s.template = "plain"
+        print("prompt + completion rows alone: the template is plain")
+    for example in [*data, *ref_data]:
+        if example.ids.max() >= config.vocab_size:
+            token = tokenizer.decode([example.ids.max()])
+            raise InputError(f"{s.model}: the data hold {token!r}, for which the model has no row")
+
+    n = len(data)
+    order = np.random.default_rng(s.seed).permutation(n)
+    most = s.max_steps * s.batch_size or n  # what --max_steps can see
+    cut = 0
+    if not s.ref_data:
+        cut = round(s.ref_fraction * n)
+        if not 0 < cut < n:
+            problem = f"--ref_fraction {s.ref_fraction:.3g} takes {cut} of {n} examples for D_ref"
+            advice = "give --ref_data" if n == 1 else f"give --ref_data, or {1 / n + 0.005:.2f}"
+            raise InputError(f"{problem} and leaves {n - cut}: {advice}")
+        ref_data = [data[i] for i in sorted(order[:cut][:most])]
+    data = [data[i] for i in sorted(order[cut:][:most])]  # in file order
+    return data, ref_data
+
+
+def world_run(s, out):
+    """The pipeline in the embedded world. Returns {row of the table: {metric: value}}."""
+    start_run(s, out, {})  # all of it follows from settings and code
+    torch.set_num_threads(1)  # a second one only gets in the way of a model this small
+    world = World(s.seed)
+    base = pretrain(s, world, out)
+    tokenizer = Tokenizer.from_pretrained(base)
+    parts = world.split(s.seed, s.noise)
+    data, _ = tokenize(enumerate(parts["train"]), tokenizer, "plain", s.max_len)
+    ref_data, _ = tokenize(enumerate(parts["ref"]), tokenizer, "plain", s.max_len)
+    _, positive = pipeline(s, base, data, ref_data, out)
+
+    table = {}
+    for name, path in [("base", base), *((method, out / method) for method in s.methods)]:
+        model = load(replace(s, compile=False), path)
+        table[name] = {}
+        for title, part in (("greedy, unseen names", "test"), ("greedy, wrong facts", "wrong")):
+            if parts[part].counted.any():  # without noise there are no wrong facts
+                table[name][title] = greedy_accuracy(model, tokenizer, parts[part])
+    negative = ~positive.numpy()
+    planted = parts["planted"]
+    if negative.any() and planted.any():
+        found = planted[negative].mean()
+        print(f"\n{found:.0%} of the negative tokens are planted myths, of all {planted.mean():.0%}")
     return table
 
 
 def pretrain(s, world, out):
-    """Writes out/base, which knows the embedded world."""
-    s = replace(s, **WORLD_BASE)
-    mark = fingerprint(s, "base", {})  # all of it follows from the settings
-    if not is_done(out, "base", mark):
-        write_once(world.write_tokenizer, out / "start")
-        tokenizer = Tokenizer.from_pretrained(out / "start")
-        cfg = read_config(WORLD_MODEL | {"vocab_size": tokenizer.vocab_size})
-        write_once(Transformer(cfg).init_weights(s.seed).save_pretrained, out / "start")
-        corpus = tokenize(enumerate(world.corpus()), tokenizer, "tulu", 64)
-        tune(s, "base", out / "start", corpus, out, mark)
+    """Write out/base, a small model that knows the embedded world. Returns its path."""
+    start = out / "start"
+    if not start.exists():
+        publish(start, lambda part: write_start(s, world, part))
+    corpus = []
+    if not (out / "base").exists():
+        tokenizer = Tokenizer.from_pretrained(start)
+        corpus, _ = tokenize(enumerate(world.corpus()), tokenizer, "plain", s.max_len)
+    settings = replace(s, lr=WORLD_LR["base"], lora_rank=0, **WORLD_PRETRAINING)
+    tune(settings, "base", start, corpus, out)
+    return out / "base"
 
 
-def world_run(s, world, base, out, rates, names="test"):
-    """The pipeline in the embedded world: {row: {metric: value}} on unseen names, wrong facts."""
-    tokenizer, sets, table = Tokenizer.from_pretrained(base), world.split(s.seed, s.noise), {}
-    parts = (enumerate(sets[part]) for part in ("train", "ref"))
-    data, ref_data = (tokenize(part, tokenizer, "tulu", 64) for part in parts)
-    scores, models = pipeline(s, base, data, ref_data, out, rates)
-    for group, part in (("unseen names", names), ("wrong facts", "wrong")):
-        if not sets[part][2].any():
-            continue  # a world without noise has no wrong facts
-        for row, path in models.items():
-            model = load(replace(s, compile=False), path)  # answers grow: new shapes at each token
-            table[f"{row}, {group}"] = quiz(model, tokenizer, *sets[part], s.seed)
-        if {"ignore", "forget"} <= set(models):
-            a, b = (table[f"{row}, {group}"] for row in ("forget", "ignore"))
-            table[f"forget - ignore, {group}"] = {metric: a[metric] - b[metric] for metric in a}
-    told = np.pad(sets["told"], ((0, 0), (0, 1))).ravel()  # of each response token; ends are right
-    negative = scores["positive"].numpy()[data.response] == 0
-    if 0 < told.mean() < 1 and negative.any():
-        influence = (scores["nll_base"] - scores["nll_ref"]).numpy()[data.response]
-        found = {"AUC": auc(influence[~told], influence[told]), "recall": negative[told].mean()}
-        table["score, wrong tokens"] = found | {"precision": told[negative].mean()}
-    return table
+def write_start(s, world, path):
+    world.write_tokenizer(path)
+    vocab_size = Tokenizer.from_pretrained(path).vocab_size
+    config = read_config({**WORLD_MODEL, "vocab_size": vocab_size})
+    Transformer(config).init_weights(s.seed).save_pretrained(path)
 
 
-def show(tables):
-    """Print the closing table, mean ± standard deviation over runs, and return it."""
-    result, head = {}, []
-    for row, metrics in {row: table[row] for table in tables for row in table}.items():
-        if list(metrics) != head:
-            head = list(metrics)
-            print("\n" + " " * 31 + "".join(f"{metric:<16}" for metric in head))
-        line, result[row] = f"{row:<30}", {}
-        for metric in head:
-            runs = [float(table[row][metric]) for table in tables if row in table]
-            mean, std = float(np.mean(runs)), float(np.std(runs, ddof=1)) if len(runs) > 1 else None
-            result[row][metric] = {"mean": mean, "std": std, "runs": runs}
-            line += (f"{mean:6.3f}" + (f" ± {std:.3f}" if std is not None else "")).ljust(16)
-        print(line)
-    return result
+# --- the command line ----------------------------------------------------------------------------
 
 
-def clashes(given):
-    """Yields what is wrong with settings beside one another."""
-    s = replace(Settings(), **given)
+def parse_settings(argv):
+    """Settings of a command line, its options made from the dataclass and the comments in it."""
+    comments = re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.MULTILINE)
+    helps = dict(comments)
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--setting value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    defaults = Settings()
+    for setting in fields(Settings):
+        name = setting.name
+        text = f"{helps[name]} [{getattr(defaults, name)}]"
+        if WORLD.get(name) is not None:
+            text += f" [world: {WORLD[name]}]"
+        how = {"type": setting.type}
+        if setting.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        if setting.type == list[str]:
+            how = {"nargs": "+"}
+        text = text.replace("%", "%%")
+        spellings = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
+        parser.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, help=text, **how)
+    given = vars(parser.parse_args(argv))
+    world = {} if given.get("model") else WORLD
+    s = Settings(**{**world, **given})
+    problems = list(find_problems(s))
+    if problems:
+        parser.error("; ".join(problems))
+    return s
+
+
+def find_problems(s):
+    """Yields a sentence for each value of no use."""
+    for name, value in asdict(s).items():
+        if type(value) in (int, float) and not 0 <= value <= 2**32:
+            yield f"--{name} is {value}, expected 0 or more"
+    for name in ("ref_fraction", "rho", "lora_dropout", "warmup", "noise"):
+        if getattr(s, name) > 1:
+            yield f"--{name} is {getattr(s, name)}, a share from 0 to 1"
+    if s.lora_dropout == 1:
+        yield "--lora_dropout is 1, which leaves nothing"
+    for name in ("batch_size", "epochs"):
+        if getattr(s, name) < 1:
+            yield f"--{name} is {getattr(s, name)}, expected 1 or more"
+    if s.max_len < 2:
+        yield f"--max_len is {s.max_len}, expected 2 or more"
     if s.lambda_min > s.lambda_max:
-        yield f"--lambda_min: {s.lambda_min} is above --lambda_max {s.lambda_max}"
-    if s.model and os.path.realpath(s.model) == os.path.realpath(s.out):
-        yield "--out: it is the directory of --model"
+        yield f"--lambda_min {s.lambda_min} is above --lambda_max {s.lambda_max}"
+    for method in s.methods:
+        if method not in METHODS:
+            yield f"--methods {method}: expected any of {' '.join(METHODS)}"
+    if s.template not in TEMPLATES:
+        yield f"--template {s.template}: expected one of {' '.join(TEMPLATES)}"
+    if s.dtype not in ("auto", "bfloat16", "float32"):
+        yield f"--dtype {s.dtype}: expected auto, bfloat16 or float32"
     if bool(s.model) != bool(s.data):
-        yield "--model, --data: give both, or neither (embedded world)"
+        yield "--model and --data go together (neither: the embedded world)"
 
 
-def main(argv):
-    given = parse_settings(Settings, argv, __doc__, WORLD | {"lr": "one for each stage"}, clashes)
-    s = Settings(**({} if given.get("model") else WORLD) | given)
-    rates = {} if s.model or "lr" in given else WORLD_LR
-    STOP.update({"in a step": False, "signal": 0})
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+def join_processes():
+    """Under torchrun, one process a device: each computes a share of a step's micro-batches, and
+    the gradients are summed. Only process 0 writes and prints."""
+    if RANKS == 1:
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE is set but {missing[0]} is not: unset it, or use torchrun")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def settle(s):
+    """Replace what is automatic in s by what it means on this device, and say what was chosen."""
+    device, dtype = pick_device(s.device, s.dtype)
+    s.dtype = str(dtype).removeprefix("torch.")
+    if s.compile is None:
+        s.compile = device.type == "cuda" and dtype == torch.bfloat16
+    if s.micro_tokens == 0:
+        s.micro_tokens = automatic_micro_tokens(s, device)
+    print(f"{device}, {s.dtype}, {s.micro_tokens} tokens a pass", end="")
+    print(", compiled" if s.compile else "")
+
+
+def automatic_micro_tokens(s, device):
+    """A power of two from the device's memory and the model's size alone, so that it is the same in
+    every run: the cut into micro-batches seeds the dropout."""
+    if device.type != "cuda" or not s.model:
+        return 1024
+    file = Path(s.model, "config.json")
+    with reading(file):
+        config = read_config(read_json(file))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in Transformer(config).parameters())
+    bytes_a_weight = 2 if s.lora_rank > 0 else 16  # with gradient and two moments, in float32
+    values_a_token = config.n_layers * (20 * config.hidden_size + 10 * config.intermediate_size)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    room = 0.8 * memory - bytes_a_weight * size - 3e9  # 3e9: logits of a chunk, adapters, slack
+    tokens = max(1, room / (2 * values_a_token))
+    return min(8192, max(512, 2 ** int(math.log2(tokens))))
+
+
+def print_table(table):
+    columns = list(dict.fromkeys(metric for row in table.values() for metric in row))
+    print("\n" + " " * 8 + "".join(f"{column:>22}" for column in columns))
+    for name, row in table.items():
+        cells = (f"{row[column]:22.3f}" if column in row else " " * 22 for column in columns)
+        print(f"{name:<8}" + "".join(cells))
+
+
+def main():
+    s = parse_settings(sys.argv[1:])
     join_processes()
-    device, dtype = pick(s.device, s.dtype)
-    s.dtype = str(dtype).removeprefix("torch.")  # where auto means another, a run is refused
-    s.micro_tokens = s.micro_tokens or (1024 if device.type == "cpu" else 2048)
-    out, tables = Path(s.out), []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("a")  # held to the end of this process
-    except OSError as e:
-        raise InputError(f"--out {out}: cannot be written to: {e.strerror}") from None
-    try:
-        if RANK == 0:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:  # some file systems know no locks
-        require(not isinstance(e, BlockingIOError), f"--out {out}", "another run writes to it")
-    if s.model:
-        tables.append(real_run(s, out))
-    else:
-        torch.set_num_threads(1)  # a second one only gets in the way of a model this small
-        world = World(s.seed)
-        pretrain(s, world, out)
-        for i in range(s.repeats):
-            print(f"\nrun {i + 1} of {s.repeats}, seed {s.seed + i}")
-            run, folder = replace(s, seed=s.seed + i), out / f"repeat{i + 1}" if i else out
-            tables.append(world_run(run, world, out / "base", folder, rates))
+    out = Path(s.out)
+    if not s.model:
+        print(f"The embedded world. It is small: device {s.device} (--device for another)")
+    settle(s)
+    table = real_run(s, out) if s.model else world_run(s, out)
+
     file = out / "summary.json"
-    seconds = (read_json(file).get("seconds", {}) if file.exists() else {}) | SECONDS
-    settings = asdict(s) | ({"lr": rates} if rates else {})
-    summary = {"table": show(tables), "settings": settings, "seconds": seconds}
-    summary["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    write_once(write_text, file, json.dumps(summary, indent=1))
-    write_once(write_report, out)
+    before = read_json(file) if file.exists() else {}  # of an earlier call with other --methods
+    table = {**before.get("table", {}), **table}
+    seconds = {**before.get("seconds", {}), **SECONDS}
+    summary = {"table": table, "settings": asdict(s), "seconds": seconds}
+    publish(file, lambda part: part.write_text(json.dumps(summary, indent=1)))
+    print_table(table)
+    if torch.cuda.is_initialized():
+        print(f"\npeak memory on the device: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    if RANK == 0:
+        write_report(out)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, sys.argv[1:]))
+    run_command(main)
