@@ -50,71 +50,58 @@ class Tokenizer:
         tokenizer = cls()
         with reading(f"{file} cannot be reproduced exactly"):
             tokenizer._read(spec, settings)
-        with reading(f"{path}: config.json or generation_config.json"):
-            tokenizer._read_ends(settings, read_model_settings(path))
+            tokenizer._read_ends(spec, settings, read_model_settings(path))
         return tokenizer
 
     def _read(self, spec, settings):
+        """Everything but the ends, from tokenizer.json and tokenizer_config.json."""
         self.nfc = read_normalizer(spec)
-        pattern = read_pattern(spec)
         added = read_added_tokens(spec, settings)
         vocab = spec["model"]["vocab"]
         self.ids = {**vocab, **{token: entry["id"] for token, entry in added.items()}}
 
-        # Control tokens: the special ones, and those that end or begin a turn, whatever they are.
-        self.control = {}
-        self.added = {}
-        names = [read_name(settings, "bos"), read_name(settings, "eos"), *TEMPLATE_TOKENS]
-        for token, entry in added.items():
-            kind = self.control if entry.get("special") or token in names else self.added
-            kind[token] = entry["id"]
-        for token in names:
-            if token in vocab and token not in self.added:
-                self.control[token] = vocab[token]
-        for token in self.added:
-            if any(added[token].get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-                raise InputError(f"added token {token!r} has lstrip, rstrip or single_word")
-        # Those that are not "normalized" are found in the text as it is, the others, themselves
-        # brought to NFC, in what NFC makes of the rest.
-        self.added_first = {}
-        self.added_later = {}
-        for token, number in self.added.items():
-            if added[token].get("normalized", True):
-                self.added_later[self._normal(token)] = number
-            else:
-                self.added_first[token] = number
-        self.first_pattern = one_of(self.added_first)
-        self.later_pattern = one_of(self.added_later)
-        self.control_text = one_of(self.control)
+        # Control tokens: the special ones, and those that begin or end a turn, whatever they are.
+        turn_tokens = {read_name(settings, "bos"), read_name(settings, "eos"), *TEMPLATE_TOKENS}
+        special = {token for token, entry in added.items() if entry.get("special")}
+        control = special | (turn_tokens & self.ids.keys())
+        self.control = {token: self.ids[token] for token in control}
+        self.control_pattern = one_of(self.control)
 
-        ranks = read_ranks(spec["model"], {*self.control, *self.added})
+        # The other added tokens are ordinary text that is never cut. Those that are "normalized"
+        # are sought in what NFC makes of the text, the others before.
+        self.added_before_nfc = {}
+        self.added_after_nfc = {}
+        for token in added.keys() - control:
+            entry = added[token]
+            if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
+                raise InputError(f"added token {token!r} has lstrip, rstrip or single_word")
+            if entry.get("normalized", True):
+                self.added_after_nfc[self.normalize(token)] = entry["id"]
+            else:
+                self.added_before_nfc[token] = entry["id"]
+        self.pattern_before_nfc = one_of(self.added_before_nfc)
+        self.pattern_after_nfc = one_of(self.added_after_nfc)
+
+        apart = {token: self.ids[token] for token in added.keys() | control}
+        ranks = read_ranks(spec["model"], apart)
+        self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        self.known_ids = {*ranks.values(), *apart.values()}
         self.bpe = tiktoken.Encoding(
-            name=str(len(ranks)),
-            pat_str=pattern,
+            name="",
+            pat_str=read_pattern(spec),
             mergeable_ranks=ranks,
-            special_tokens={**self.control, **self.added},
+            special_tokens=apart,  # encode_ordinary does not look for them
         )
         self.vocab_size = self.bpe.n_vocab
-        self.known_ids = {*ranks.values(), *self.control.values(), *self.added.values()}
-        self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
 
+    def _read_ends(self, spec, settings, model_settings):
+        """bos_id, eos_id and stop_ids, at each of which generation stops."""
         first = read_first_token(spec)
         self.add_bos = first is not None
-        self.bos_id = None if first is None else self.ids[first]
-
-    def _read_ends(self, settings, model_settings):
-        """bos_id, eos_id and stop_ids, at each of which generation stops."""
-        for kind in ("bos", "eos"):
-            token = read_name(settings, kind)
-            ids = as_list(model_settings[0].get(f"{kind}_token_id"))
-            if token is not None:
-                if token not in self.ids:
-                    raise InputError(f"{kind}_token {token!r} is no token of tokenizer.json")
-                ids = [self.ids[token]]
-            if kind == "eos":
-                self.eos_id = ids[0] if ids else None
-            elif not self.add_bos:
-                self.bos_id = ids[0] if ids else None
+        self.bos_id = self._id_of("bos", settings, model_settings)
+        if self.add_bos:
+            self.bos_id = self.ids[first]
+        self.eos_id = self._id_of("eos", settings, model_settings)
         self.stop_ids = {self.eos_id} - {None}
         for some in model_settings:
             self.stop_ids.update(as_list(some.get("eos_token_id")))
@@ -122,25 +109,35 @@ class Tokenizer:
             if type(i) is not int:
                 raise InputError(f"eos_token_id holds {i!r}, expected token ids")
 
+    def _id_of(self, kind, settings, model_settings):
+        """The id of the bos or eos token: the one that is named, else that of config.json."""
+        token = read_name(settings, kind)
+        if token is None:
+            ids = as_list(model_settings[0].get(f"{kind}_token_id"))
+            return ids[0] if ids else None
+        if token not in self.ids:
+            raise InputError(f"{kind}_token {token!r} is no token of tokenizer.json")
+        return self.ids[token]
+
+    def normalize(self, text):
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
     def encode(self, text):
         """Ids of ordinary text, as the tokenizers library gives them without control tokens.
         InputError names a character that the vocabulary lacks."""
         if re.search(r"(?<!\s)\s{300000}", text):  # twice that many overflow tiktoken's stack
             raise InputError("300,000 blanks in a row")
         ids = []
-        for part in split_at(text, self.first_pattern):
-            if part in self.added_first:
-                ids.append(self.added_first[part])
+        for part in split_at(text, self.pattern_before_nfc):
+            if part in self.added_before_nfc:
+                ids.append(self.added_before_nfc[part])
                 continue
-            for piece in split_at(self._normal(part), self.later_pattern):
-                if piece in self.added_later:
-                    ids.append(self.added_later[piece])
+            for piece in split_at(self.normalize(part), self.pattern_after_nfc):
+                if piece in self.added_after_nfc:
+                    ids.append(self.added_after_nfc[piece])
                 else:
                     ids.extend(self._encode_piece(piece))
         return ids
-
-    def _normal(self, text):
-        return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def _encode_piece(self, piece):
         content = piece.encode()  # half a surrogate pair is an error
@@ -155,7 +152,7 @@ class Tokenizer:
 
 
 def one_of(tokens):
-    """A pattern that finds any of the tokens, of several at one place the longest; None for none."""
+    """A pattern that finds any of the tokens, at one place the longest; None if there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
     if not longest_first:
         return None
@@ -225,8 +222,9 @@ def read_pattern(spec):
     if kinds == ["Digits", "ByteLevel"] and by_itself and steps[0].get("individual_digits"):
         return DIGITS_PATTERN
     if kinds == ["Split", "ByteLevel"] and not by_itself and not steps[0].get("invert"):
-        if steps[0]["behavior"] == "Isolated":
-            return steps[0]["pattern"]["Regex"]
+        pattern = steps[0]["pattern"].get("Regex")
+        if pattern and steps[0]["behavior"] == "Isolated":
+            return pattern
     raise problem
 
 
@@ -257,6 +255,9 @@ def read_ranks(bpe, apart):
         raise InputError("two tokens have one id")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
     merged = [left + right for left, right in merges]
+    for token in merged:
+        if token not in vocab:
+            raise InputError(f"a merge makes {token!r}, which is an added token or none at all")
     ids = [vocab[token] for token in merged]
     if ids != sorted(ids):
         raise InputError("its merges are out of the order of their ids")
@@ -302,10 +303,18 @@ class Template:
 TEMPLATES = {
     "tulu": Template(["<|{role}|>", "\n"], "", "\n"),  # the published one
     "chatml": Template(["<|im_start|>", "{role}\n"], "<|im_end|>", "\n"),
-    "llama3": Template(["<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"], "<|eot_id|>", ""),
+    "llama3": Template(
+        ["<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"], "<|eot_id|>", ""
+    ),
     "plain": None,  # the text as it is: for prompt + completion, and the embedded world
 }
-TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TEMPLATE_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
 
 
 def render(turns, tokenizer, template):
@@ -432,10 +441,9 @@ def read_turns(row):
         turns = instruction_turns(row, "context", "response")
     else:
         raise InputError(f"found the keys {sorted(row)}, expected {FORMATS}")
-    if not all(content.strip() for role, content in turns if role in ("assistant",)):
+    responses = [content for role, content in turns if role == "assistant"] or [turns[-1][1]]
+    if not all(response.strip() for response in responses):
         raise InputError("an empty response")
-    if not turns[-1][1].strip():
-        raise InputError("an empty last turn")
     return turns
 
 
@@ -457,7 +465,8 @@ def instruction_turns(row, extra, answer):
 
 
 def read_file(file):
-    """Yields (where, value) for each JSON value of a .jsonl or .json file, gzipped or not."""
+    """Yields ("FILE: line 3", value) for each JSON value of a .jsonl or .json file, gzipped or
+    not."""
     file = Path(file)
     name = file.name.removesuffix(".gz")
     if not name.endswith((".json", ".jsonl")):
@@ -483,23 +492,24 @@ def read_array(file, stream):
         if not isinstance(values, list):
             raise InputError("expected one array of examples (one object a line: .jsonl)")
     for number, value in enumerate(values, 1):
-        yield f"item {number}", value
+        yield f"{file}: item {number}", value
 
 
 def read_lines(file, stream):
     number = 0
     while True:
         number += 1
-        with reading(file), reading(f"line {number}"):
+        where = f"{file}: line {number}"
+        with reading(where):
             line = stream.readline().decode("utf-8-sig")
             if not line:
                 return
             if not line.strip():
                 continue
-            if number == 1 and line.lstrip().startswith("["):
-                raise InputError("this is one array: name the file .json")
+            if line.lstrip().startswith("["):
+                raise InputError("expected one object a line (one array: name the file .json)")
             value = json.loads(line)
-        yield f"line {number}", value
+        yield where, value
 
 
 # --- examples and batches ------------------------------------------------------------------------
@@ -523,7 +533,7 @@ def make_example(ids, response):
 
 def read_examples(files, tokenizer, template, max_len):
     """(examples, whether any of them is a conversation) of all files, in order."""
-    rows = ((f"{file}: {where}", row) for file in files for where, row in read_file(file))
+    rows = (pair for file in files for pair in read_file(file))
     examples, conversations = tokenize(rows, tokenizer, template, max_len)
     if not examples:
         raise InputError(f"{', '.join(map(str, files))}: no example to use")
@@ -547,8 +557,8 @@ def tokenize(rows, tokenizer, template, max_len):
                 pieces = render(turns, tokenizer, template)
                 conversations = True
             ids, response = encode(pieces, tokenizer)
-        if tokenizer.control_text:
-            with_control += any(tokenizer.control_text.search(content) for _, content in turns)
+        if tokenizer.control_pattern:
+            with_control += any(tokenizer.control_pattern.search(content) for _, content in turns)
         example = make_example(ids[:max_len], response[:max_len])
         if not example.positive.any():
             left_out += 1

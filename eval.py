@@ -81,13 +81,13 @@ def joint_example(tokenizer, context, continuation, limit):
 
 @torch.no_grad()
 def generate(model, prompts, max_new, stop=(), temperature=0.0, seed=0, ended=None):
-    """Continue prompts (lists of ids, all of one length, so that nothing is padded) by up to max_new
-    ids each, until an id of `stop`, which is left out, or until ended(new ids). temperature 0 is
-    greedy."""
+    """Continue prompts (lists of ids, all of one length, so that nothing is padded) by up to
+    max_new ids each, until an id of `stop`, which is left out, or until ended(new ids).
+    temperature 0 is greedy."""
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = torch.tensor(prompts, device=model.device)  # [B, T], from then on [B, 1]
     answers = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    done = [False] * len(prompts)
     cache = {}
     length = 0
     for _ in range(max_new):
@@ -101,15 +101,12 @@ def generate(model, prompts, max_new, stop=(), temperature=0.0, seed=0, ended=No
         else:
             tokens = logits.argmax(-1, keepdim=True)  # [B, 1]
         for row, token in enumerate(tokens[:, 0].tolist()):
-            if row not in open_rows:
-                continue
             if token in stop:
-                open_rows.remove(row)
-                continue
-            answers[row].append(token)
-            if ended and ended(answers[row]):
-                open_rows.remove(row)
-        if not open_rows:
+                done[row] = True
+            if not done[row]:
+                answers[row].append(token)
+                done[row] = ended is not None and ended(answers[row])
+        if all(done):
             break
     return answers
 
@@ -164,15 +161,42 @@ A: The 1992 Olympics were held in Barcelona, Spain.
 Q: {}
 A:"""
 TYDIQA = {  # by language: instruction, passage, question, answer
-    "arabic": ("أجب على السؤال التالي بناءً على المعلومات في المقطع المعطى.", "المقطع:", "السؤال:", "الإجابة:"),
-    "bengali": ("প্রদত্ত অধ্যায়ের তথ্যের উপর ভিত্তি করে নিম্নলিখিত প্রশ্নের উত্তর দিন।", "অধ্যায়:", "প্রশ্ন:", "উত্তর:"),
-    "english": ("Answer the following question based on the information in the given passage.", "Passage:", "Question:", "Answer:"),
-    "finnish": ("Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella.", "Kappale:", "Kysymys:", "Vastaus:"),
-    "indonesian": ("Jawab pertanyaan berikut berdasarkan informasi di bagian yang diberikan.", "Bagian:", "Pertanyaan:", "Jawaban:"),
-    "korean": ("주어진 문단의 정보에 기반하여 다음 질문에 답하십시오.", "문단:", "질문:", "답변:"),
-    "russian": ("Ответьте на следующий вопрос на основе информации в данном отрывке.", "Отрывок:", "Вопрос:", "Ответ:"),
-    "swahili": ("Jibu swali lifuatalo kulingana na habari kwenye kifungu kilichotolewa.", "Kifungu:", "Swali:", "Jibu:"),
-    "telugu": ("ఇచ్చిన పేరాలోని సమాచారం ఆధారంగా కింది ప్రశ్నకు సమాధానం ఇవ్వండి.", "పేరా:", "ప్రశ్న:", "సమాధానం:"),
+    "arabic": (
+        "أجب على السؤال التالي بناءً على المعلومات في المقطع المعطى.",
+        "المقطع:", "السؤال:", "الإجابة:",
+    ),
+    "bengali": (
+        "প্রদত্ত অধ্যায়ের তথ্যের উপর ভিত্তি করে নিম্নলিখিত প্রশ্নের উত্তর দিন।",
+        "অধ্যায়:", "প্রশ্ন:", "উত্তর:",
+    ),
+    "english": (
+        "Answer the following question based on the information in the given passage.",
+        "Passage:", "Question:", "Answer:",
+    ),
+    "finnish": (
+        "Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella.",
+        "Kappale:", "Kysymys:", "Vastaus:",
+    ),
+    "indonesian": (
+        "Jawab pertanyaan berikut berdasarkan informasi di bagian yang diberikan.",
+        "Bagian:", "Pertanyaan:", "Jawaban:",
+    ),
+    "korean": (
+        "주어진 문단의 정보에 기반하여 다음 질문에 답하십시오.",
+        "문단:", "질문:", "답변:",
+    ),
+    "russian": (
+        "Ответьте на следующий вопрос на основе информации в данном отрывке.",
+        "Отрывок:", "Вопрос:", "Ответ:",
+    ),
+    "swahili": (
+        "Jibu swali lifuatalo kulingana na habari kwenye kifungu kilichotolewa.",
+        "Kifungu:", "Swali:", "Jibu:",
+    ),
+    "telugu": (
+        "ఇచ్చిన పేరాలోని సమాచారం ఆధారంగా కింది ప్రశ్నకు సమాధానం ఇవ్వండి.",
+        "పేరా:", "ప్రశ్న:", "సమాధానం:",
+    ),
 }  # fmt: skip
 
 
@@ -181,10 +205,11 @@ def read_truthfulqa(file, targets):
         with reading(where):
             choices = [" " + choice for choice in row[targets]]
             labels = list(row[targets].values())
-            if 1 not in labels or set(labels) > {0, 1}:
+            if 1 not in labels or not set(labels) <= {0, 1}:
                 raise InputError(f"labels {labels}, expected 0 and 1")
             context = TRUTHFULQA.format(row["question"])
-        yield context, choices, labels
+        gold = labels.index(1) if targets == "mc1_targets" else labels
+        yield context, choices, gold
 
 
 def read_boolq(file):
@@ -196,45 +221,60 @@ def read_boolq(file):
 
 
 def read_logiqa(file):
-    records = Path(file).read_text(encoding="utf-8").strip().split("\n\n")
+    with reading(file):
+        records = Path(file).read_text(encoding="utf-8").strip().split("\n\n")
     for number, record in enumerate(records, 1):
-        with reading(f"record {number}"):
+        with reading(f"{file}: record {number}"):
             label, passage, question, *options = record.split("\n")
-            options = [option[2:] for option in options]  # without "A."
+            gold = "abcd".index(label.strip())
             if len(options) != 4:
                 raise InputError(f"{len(options)} options, expected 4")
-            passage, question, *options = (
-                text.replace(".", ". ").strip() for text in (passage, question, *options)
-            )
-            gold = "abcd".index(label.strip())
+        passage = spaced(passage)
+        question = spaced(question)
+        options = [spaced(option[2:]) for option in options]  # without "A."
         listed = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", options))
         context = f"Passage: {passage}\nQuestion: {question}\nChoices:\n{listed}\nAnswer:"
         yield context, [" " + text for text in options], gold
 
 
+def spaced(text):
+    return text.replace(".", ". ").strip()
+
+
 def read_asdiv(file):
-    for problem in ElementTree.parse(file).iter("Problem"):
-        with reading(f"problem {problem.get('ID')}"):
-            body, question, answer = (problem.find(k).text for k in ("Body", "Question", "Answer"))
-            target = answer.split(" (")[0]  # "9 (apples)"
-            yield body + "\nQuestion:" + question + "\nAnswer:", [target], 0
+    with reading(file):
+        problems = list(ElementTree.parse(file).iter("Problem"))
+    for problem in problems:
+        with reading(f"{file}: problem {problem.get('ID')}"):
+            body = problem.find("Body").text
+            question = problem.find("Question").text
+            target = problem.find("Answer").text.split(" (")[0]  # "9 (apples)"
+            context = body + "\nQuestion:" + question + "\nAnswer:"
+            if not target:
+                raise InputError("no answer")
+        yield context, [target], 0
 
 
 def read_passages(file):
     """{language: examples} of a gold-passage file, or of a JSON file that is just that."""
-    found = read_json(file)
-    by_language = {}
-    for article in found.get("data", []):
-        for paragraph in article["paragraphs"]:
-            for question in paragraph["qas"]:
-                language = question["id"].split("-")[0]
-                example = {"context": paragraph["context"], **question}
-                by_language.setdefault(language, []).append(example)
-    if "data" not in found:
-        by_language = found
-    for language in by_language:
-        if language not in TYDIQA:
-            raise InputError(f"language {language!r}, expected {', '.join(TYDIQA)}")
+    content = read_json(file)
+    with reading(file):
+        by_language = {}
+        for article in content.get("data", []):
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    language = question["id"].split("-")[0]
+                    example = {"context": paragraph["context"], **question}
+                    by_language.setdefault(language, []).append(example)
+        if "data" not in content:
+            by_language = content
+        for language, examples in by_language.items():
+            if language not in TYDIQA:
+                raise InputError(f"language {language!r}, expected {', '.join(TYDIQA)}")
+            for example in examples:
+                texts = [answer["text"] for answer in example["answers"]]
+                if not texts or not "".join([example["context"], example["question"], *texts]):
+                    raise InputError(f"an example in {language} has no answer")
     return dict(sorted(by_language.items()))
 
 
@@ -246,17 +286,13 @@ def read_tydiqa(file, demos_file, tokenizer):
         context = tokenizer.decode(ids[:512]) if len(ids) > 512 else example["context"]
         return f"\n\n{passage} {context}\n{question} {example['question']}\n{answer}"
 
-    demos = {}
-    if demos_file:
-        with reading(demos_file):
-            demos = read_passages(demos_file)
+    demos = read_passages(demos_file) if demos_file else {}
     for language, examples in read_passages(file).items():
-        instruction, *words = TYDIQA[language]
-        start = instruction
+        start, *words = TYDIQA[language]
         if demos:
             with reading(demos_file):
                 demo = demos[language][0]
-                start += shown(demo, *words) + " " + demo["answers"][0]["text"]
+            start += shown(demo, *words) + " " + demo["answers"][0]["text"]
         for example in examples:
             gold = [answer["text"] for answer in example["answers"]]
             yield language, start + shown(example, *words), gold
@@ -297,10 +333,10 @@ def squad_metrics(said, golds):
 
 
 def diversity_metrics(answers):
-    """Of answers to one prompt, in words between white space: distinct_n, different over all n-grams
-    (Li et al., arXiv 1510.03055, divide by words); self_bleu, mean BLEU-4 of each answer against the
-    others (Zhu et al., arXiv 1802.01886); length, mean words; repeats, the share of answers that
-    equal an earlier one."""
+    """Of answers to one prompt, in words between white space: distinct_n, different over all
+    n-grams (Li et al., arXiv 1510.03055, divide by words); self_bleu, mean BLEU-4 of each answer
+    against the others (Zhu et al., arXiv 1802.01886); length, mean words; repeats, the share of
+    answers that equal an earlier one."""
     texts = [answer.split() for answer in answers]
     metrics = {}
     for n in (1, 2, 3):
@@ -319,6 +355,8 @@ def ngrams(words, n):
 
 def bleu(words, references):
     """BLEU-4; an order without match counts 0.1 of one (Chen and Cherry 2014, method 1)."""
+    if not any(word in reference for word in words for reference in references):
+        return 0.0
     logs = []
     for n in (1, 2, 3, 4):
         own = Counter(ngrams(words, n))
@@ -326,9 +364,9 @@ def bleu(words, references):
         for reference in references:
             most |= Counter(ngrams(reference, n))  # the highest count in any reference
         hits = sum((own & most).values())
-        if n == 1 and hits == 0:
-            return 0.0
-        logs.append(math.log((hits or 0.1) / max(1, sum(own.values()))))
+        if hits == 0:
+            hits = 0.1
+        logs.append(math.log(hits / max(1, sum(own.values()))))
     lengths = [len(reference) for reference in references]
     closest = min(lengths, key=lambda length: (abs(length - len(words)), length))
     brevity = min(0.0, 1 - closest / len(words))
@@ -338,41 +376,47 @@ def bleu(words, references):
 # --- tasks: each returns items, {"context", "continuations", ..., "metrics", "weight"} -----------
 
 
-def make_item(context, continuations, gold, metrics, **more):
-    item = {"context": context, "continuations": continuations, "loglikelihood": [], "gold": gold}
-    return {**item, "chosen": None, **more, "weight": more.get("weight", 1), "metrics": metrics}
+def make_item(context, continuations, gold, metrics, ll=(), chosen=None, weight=1, language=None):
+    return {
+        "context": context,
+        "continuations": continuations,
+        "loglikelihood": list(ll),
+        "gold": gold,
+        "chosen": chosen,
+        "language": language,
+        "weight": weight,  # in the mean over items
+        "metrics": metrics,
+    }
 
 
 def run_choices(args, model, tokenizer):
     """TruthfulQA, BoolQ, LogiQA: the log-likelihood of each choice."""
-    readers = {
-        "truthfulqa_mc1": lambda: read_truthfulqa(args.data, "mc1_targets"),
-        "truthfulqa_mc2": lambda: read_truthfulqa(args.data, "mc2_targets"),
-        "boolq": lambda: read_boolq(args.data),
-        "logiqa": lambda: read_logiqa(args.data),
-    }
-    rows = limited(readers[args.task](), args.limit)
+    if args.task == "boolq":
+        rows = read_boolq(args.data)
+    elif args.task == "logiqa":
+        rows = read_logiqa(args.data)
+    else:
+        rows = read_truthfulqa(args.data, args.task.removeprefix("truthfulqa_") + "_targets")
+    rows = limited(rows, args)
     limit = model.config.max_positions
-    examples = [
-        joint_example(tokenizer, context, choice, limit)
-        for context, choices, _ in rows
-        for choice in choices
-    ]
-    nll = iter(examples_nll(model, examples, args.micro_tokens))
+    examples = []
+    for context, choices, _ in rows:
+        examples.extend(joint_example(tokenizer, context, choice, limit) for choice in choices)
+    nll = examples_nll(model, examples, args.micro_tokens)
     items = []
+    begin = 0
     for context, choices, gold in rows:
-        ll = np.array([-float(next(nll).double().sum()) for _ in choices])
-        if args.task == "truthfulqa_mc1":
-            gold = gold.index(1)
+        end = begin + len(choices)
+        ll = np.array([-float(tokens.double().sum()) for tokens in nll[begin:end]])
+        begin = end
         metrics = choice_metrics(args.task, choices, ll, gold)
-        more = {"loglikelihood": ll.tolist(), "chosen": int(ll.argmax())}
-        items.append(make_item(context, choices, gold, metrics, **more))
+        items.append(make_item(context, choices, gold, metrics, ll.tolist(), int(ll.argmax())))
     return items
 
 
 def run_asdiv(args, model, tokenizer):
     """acc: the answer is what the model says greedily."""
-    rows = limited(read_asdiv(args.data), args.limit)
+    rows = limited(read_asdiv(args.data), args)
     limit = model.config.max_positions
     examples = [joint_example(tokenizer, context, texts[0], limit) for context, texts, _ in rows]
     nll = examples_nll(model, examples, args.micro_tokens)
@@ -384,14 +428,13 @@ def run_asdiv(args, model, tokenizer):
     for (context, texts, gold), target, ids, values in zip(rows, targets, said, nll):
         metrics = {"acc": float(ids[: len(target)] == target)}
         ll = [-float(values.double().sum())]
-        more = {"loglikelihood": ll, "chosen": 0}
-        items.append(make_item(context, texts, gold, metrics, **more))
+        items.append(make_item(context, texts, gold, metrics, ll, chosen=0))
     return items
 
 
 def run_tydiqa(args, model, tokenizer):
     """Answers of up to 50 tokens and one line (the published script samples: --temperature 1)."""
-    rows = limited(read_tydiqa(args.data, args.demos, tokenizer), args.limit)
+    rows = limited(read_tydiqa(args.data, args.demos, tokenizer), args)
     prompts = [default_ids(tokenizer, prompt) for _, prompt, _ in rows]
     said = generate_all(
         model,
@@ -407,28 +450,28 @@ def run_tydiqa(args, model, tokenizer):
     for (language, prompt, gold), ids in zip(rows, said):
         text = tokenizer.decode(ids).split("\n")[0].strip()
         metrics = squad_metrics(text, gold)
-        items.append(make_item(prompt, [text], gold, metrics, language=language, chosen=text))
+        items.append(make_item(prompt, [text], gold, metrics, chosen=text, language=language))
     return items
 
 
 def run_nll(args, model, tokenizer):
     """Mean nll of the responses; an item weighs by its tokens."""
     examples, _ = read_examples([args.data], tokenizer, args.template, args.max_len)
-    examples = limited(examples, args.limit)
+    examples = limited(examples, args)
     items = []
     for example, nll in zip(examples, examples_nll(model, examples, args.micro_tokens)):
         prompt, response = split_example(example, tokenizer)
         total = float(nll.double().sum())
-        more = {"loglikelihood": [-total], "weight": len(nll)}
         metrics = {"nll": total / len(nll)}
-        items.append(make_item(tokenizer.decode(prompt), [response], None, metrics, **more))
+        context = tokenizer.decode(prompt)
+        items.append(make_item(context, [response], None, metrics, [-total], weight=len(nll)))
     return items
 
 
 def run_diversity(args, model, tokenizer):
     """--samples answers to the first question of each example."""
     examples, _ = read_examples([args.data], tokenizer, args.template, args.max_len)
-    examples = limited(examples, args.limit)
+    examples = limited(examples, args)
     prompts = [split_example(example, tokenizer)[0] for example in examples]
     said = generate_all(
         model,
@@ -458,14 +501,15 @@ def stop_ids(tokenizer, template):
     return tokenizer.stop_ids | {end_of_turn(tokenizer, template)}
 
 
-def limited(rows, limit):
-    """The first rows: a number of them, below 1 a share, 0 = all."""
+def limited(rows, args):
+    """The first rows of --data: --limit of them, below 1 a share, 0 = all."""
     rows = list(rows)
     if not rows:
-        raise InputError("found no item")
-    if limit == 0:
+        raise InputError(f"{args.data}: found no item of {args.task}")
+    if args.limit == 0:
         return rows
-    return rows[: math.ceil(limit * len(rows)) if limit < 1 else int(limit)]
+    count = math.ceil(args.limit * len(rows)) if args.limit < 1 else int(args.limit)
+    return rows[:count]
 
 
 TASKS = {
@@ -482,35 +526,44 @@ TASKS = {
 # --- results and comparison ----------------------------------------------------------------------
 
 
+def weighted_mean(values, weights):
+    """The mean, and its variance with the items as the draws (NaN for one item)."""
+    shares = weights / weights.sum()
+    mean = float((shares * values).sum())
+    n = len(values)
+    if n == 1:
+        return mean, math.nan
+    return mean, float(((shares * (values - mean)) ** 2).sum()) * n / (n - 1)
+
+
 def mean_and_error(items, values):
-    """Weighted mean of a value an item, its standard error (None for one item) and the means of the
-    languages; over several languages the mean is that of their means."""
-    languages = np.array([item.get("language", "") for item in items])
-    weights = np.array([item["weight"] for item in items], dtype=float)
-    values = np.array(values, dtype=float)
+    """Mean of a value an item, its standard error (None for one item) and the mean of each
+    language; over several languages, the mean is that of their means."""
+    by_language = {}
+    for item, value in zip(items, values):
+        by_language.setdefault(item.get("language"), []).append((value, item["weight"]))
     means = {}
-    variance = 0.0
-    for language in sorted(set(languages)):
-        chosen = languages == language
-        x = values[chosen]
-        w = weights[chosen] / weights[chosen].sum()
-        means[language] = float((w * x).sum())
-        n = len(x)
-        variance += float(((w * (x - means[language])) ** 2).sum()) * n / max(1, n - 1)
-    error = math.sqrt(variance) / len(means) if len(items) > len(means) else None
-    return float(np.mean(list(means.values()))), error, means
+    variances = []
+    for language, pairs in sorted(by_language.items(), key=str):
+        some_values, weights = np.array(pairs, dtype=float).T
+        means[language], variance = weighted_mean(some_values, weights)
+        variances.append(variance)
+    error = math.sqrt(sum(variances)) / len(means)
+    return float(np.mean(list(means.values()))), None if math.isnan(error) else error, means
 
 
 def summarise(task, items):
     """The result of a task, as it is printed."""
+    for item in items:
+        if not np.isfinite(item["loglikelihood"]).all():
+            raise InputError("the model gives a log-likelihood of NaN: it is broken")
     result = {"task": task, "n": len(items)}
     for metric in items[0]["metrics"]:
         values = [item["metrics"][metric] for item in items]
         mean, error, by_language = mean_and_error(items, values)
-        if not math.isfinite(mean):
-            raise InputError(f"the model gives a {metric} of {mean}: it is broken")
+        first = len(result) == 2
         result[metric] = mean
-        result["stderr" if "stderr" not in result else f"{metric}_stderr"] = error
+        result["stderr" if first else f"{metric}_stderr"] = error
         if len(by_language) > 1:
             for language, value in by_language.items():
                 result.setdefault(language, {})[metric] = value
@@ -520,13 +573,19 @@ def summarise(task, items):
     return result
 
 
-SAME = ("task", "index", "context", "gold", "weight", "language")  # in both files of a pair
+def write_items(file, task, items):
+    with open(file, "w", encoding="utf-8") as out:
+        for index, item in enumerate(items):
+            metrics = item.pop("metrics")
+            out.write(json.dumps({"task": task, "index": index, **item, **metrics}) + "\n")
+
+
+SAME = ("task", "index", "context", "gold", "language", "weight")  # in both files of a pair
 NOT_METRICS = (*SAME, "continuations", "loglikelihood", "chosen")
 
 
-def compare(first_file, second_file):
-    """Yields for each metric the mean paired difference, second minus first, its standard error, and
-    p of the two-sided sign test: a fair coin over the items that differ."""
+def read_pairs(first_file, second_file):
+    """Pairs of the items of two --out files; InputError if they are not of the same items."""
     first = [row for _, row in read_file(first_file)]
     second = [row for _, row in read_file(second_file)]
     with reading(f"{first_file} and {second_file}"):
@@ -534,24 +593,35 @@ def compare(first_file, second_file):
             raise InputError(f"{len(first)} and {len(second)} items, expected as many")
         for a, b in zip(first, second):
             if any(a.get(key) != b.get(key) for key in SAME) or a.keys() != b.keys():
-                raise InputError(f"item {a.get('index')} is another in the second file")
-        for metric in [key for key in first[0] if key not in NOT_METRICS]:
-            values = np.array([b[metric] - a[metric] for a, b in zip(first, second)])
-            mean, error, _ = mean_and_error(first, values)
-            higher = int((values > 0).sum())
-            lower = int((values < 0).sum())
-            n = higher + lower
-            tail = sum(math.comb(n, k) for k in range(min(higher, lower) + 1))
-            yield {
-                "task": first[0]["task"],
-                "n": len(values),
-                "metric": metric,
-                "difference": mean,
-                "stderr": error,
-                "higher": higher,
-                "lower": lower,
-                "p": min(1.0, 2 * tail / 2**n),
-            }
+                raise InputError(f"item {a['index']} is another in the second file")
+            for metric in a.keys() - set(NOT_METRICS):
+                if not math.isfinite(a[metric] + b[metric]):
+                    raise InputError(f"item {a['index']}: {metric} is no number")
+    return list(zip(first, second))
+
+
+def compare(first_file, second_file):
+    """Yields for each metric the mean paired difference, second minus first, its standard error,
+    and p of the two-sided sign test: a fair coin over the items that differ."""
+    pairs = read_pairs(first_file, second_file)
+    items = [a for a, _ in pairs]
+    for metric in [key for key in items[0] if key not in NOT_METRICS]:
+        differences = np.array([b[metric] - a[metric] for a, b in pairs])
+        mean, error, _ = mean_and_error(items, differences)
+        higher = int((differences > 0).sum())
+        lower = int((differences < 0).sum())
+        n = higher + lower
+        tail = sum(math.comb(n, k) for k in range(min(higher, lower) + 1))
+        yield {
+            "task": items[0]["task"],
+            "n": len(pairs),
+            "metric": metric,
+            "difference": mean,
+            "stderr": error,
+            "higher": higher,
+            "lower": lower,
+            "p": min(1.0, 2 * tail / 2**n),
+        }
 
 
 # --- report --------------------------------------------------------------------------------------
@@ -561,10 +631,12 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>Which tokens t
 :root { color-scheme: light dark }
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 70rem; margin: auto; padding: 1rem }
 pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere }
-section { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
+section { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
 i { font-style: normal; opacity: .6 }
 table { display: block; overflow-x: auto }
 td { padding-right: 1rem; white-space: nowrap }
+figure { margin: 0 }
 svg { width: 100%; font-size: 12px }
 text { fill: CanvasText }
 </style><h1>Which tokens to forget</h1>
@@ -576,7 +648,6 @@ ignored or forgotten; <i>grey</i>: the prompt. Hover over a token for its number
 COLOURS = {
     "positive": "#2f7ed8",
     "negative": "#d95f02",
-    "base": "#888888",
     "ref": "#888888",
     "sft": "#d95f02",
     "ignore": "#1b9e77",
@@ -592,29 +663,48 @@ CURVES = {  # key of the log: title, unit
 }
 
 
+def read_scores(file):
+    """The arrays of scores.safetensors."""
+    with reading(file):
+        scores = {name: tensor.numpy() for name, tensor in load_file(file).items()}
+        n = len(scores["tokens"])
+        for name in ("response", "positive", "influence", "nll_base", "nll_ref"):
+            if len(scores[name]) != n or not np.isfinite(scores[name]).all():
+                raise InputError(f"damaged: {name} is too short, or not finite")
+        if scores["offsets"][-1] != n or (np.diff(scores["offsets"]) <= 0).any():
+            raise InputError("damaged: the offsets do not fit the tokens")
+        scores["response"] = scores["response"].astype(bool)
+        scores["positive"] = scores["positive"].astype(bool)
+    return scores
+
+
 def write_report(out):
     """Write out/report.html, one page that needs nothing else, from a finished run in `out`."""
     summary = read_json(out / "summary.json")
-    file = out / "scores.safetensors"
-    with reading(file):
-        scores = {name: tensor.numpy() for name, tensor in load_file(file).items()}
-        response = scores["response"].astype(bool)
-        positive = scores["positive"].astype(bool)
-        influence = scores["influence"][response]
-        starts = scores["offsets"][:-1]
-        sums = np.add.reduceat(scores["influence"], starts)
-        by_mean = np.argsort(sums / np.add.reduceat(response.astype(int), starts))
+    scores = read_scores(out / "scores.safetensors")
     homes = [out / name for name in ("sft", "ignore", "forget", "base") if (out / name).exists()]
+    if not homes:
+        raise InputError(f"{out}: none of sft/, ignore/, forget/ and base/ is there")
     tokenizer = Tokenizer.from_pretrained(homes[0])
+    response = scores["response"]
+    influence = scores["influence"]
+    negative = response & ~scores["positive"]
 
     with reading(out / "summary.json"):
         page = PAGE + "<h2>Results</h2>" + table_html(summary["table"])
-    shuffled = np.random.default_rng(0).permutation(len(starts))
-    for title, order in (("lowest", by_mean), ("highest", by_mean[::-1]), ("random", shuffled)):
-        page += f"<h2>Six of {len(starts):,} examples: {title} mean influence</h2>"
+    starts = scores["offsets"][:-1]
+    counts = np.add.reduceat(response.astype(int), starts)
+    lowest_first = np.argsort(np.add.reduceat(influence, starts) / counts)
+    orders = {
+        "lowest mean influence": lowest_first,
+        "highest mean influence": lowest_first[::-1],
+        "random": np.random.default_rng(0).permutation(len(starts)),
+    }
+    for title, order in orders.items():
+        page += f"<h2>Six of {len(starts):,} examples: {title}</h2>"
         page += "".join(example_html(scores, i, tokenizer) for i in order[:6])
-    page += "<h2>Influence</h2><section>" + histogram(influence, positive[response])
-    page += frequent_html(scores["tokens"][response & ~positive], tokenizer) + "</section>"
+    page += "<h2>Influence</h2><section>" + histogram(influence[response], negative[response])
+    page += frequent_html(scores["tokens"][negative], tokenizer) + "</section>"
     page += "<h2>Training</h2><section>" + curves_html(out / "log.jsonl") + "</section>"
     page += f"<h2>Settings</h2><pre>{escape(json.dumps(summary, indent=1))}</pre></html>"
     (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -666,11 +756,11 @@ def frequent_html(negative_tokens, tokenizer):
     return html + "</table>"
 
 
-def histogram(influence, positive):
+def histogram(influence, negative):
     low, high = np.percentile(influence, (0.1, 99.9))  # outliers go to the ends
     edges = np.linspace(low, max(high, low + 1e-6), 61)
     lines = []
-    for name, chosen in (("positive", positive), ("negative", ~positive)):
+    for name, chosen in (("positive", ~negative), ("negative", negative)):
         counts, _ = np.histogram(influence[chosen].clip(low, high), edges)
         lines.append((name, np.repeat(edges, 2)[1:-1], np.repeat(counts, 2)))
     return chart("Influence: the threshold is where the colours meet", "nats", "tokens", lines)
@@ -678,10 +768,10 @@ def histogram(influence, positive):
 
 def curves_html(file):
     points = {key: {} for key in CURVES}
-    for where, record in read_file(file) if file.exists() else ():
-        with reading(f"{file}: {where}"):
-            if record["stage"] == "base":
-                continue
+    for where, record in read_file(file):
+        with reading(where):
+            if record["stage"] not in COLOURS:
+                continue  # the world's base
             for key in CURVES:
                 if record.get(key) is not None:  # whoever edits train.py may drop a key
                     stage = points[key].setdefault(record["stage"], [])
@@ -694,9 +784,18 @@ def curves_html(file):
     return html
 
 
+def tick(value):
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def thinned(values):
+    """Of more than 200 values the means of neighbours."""
+    parts = np.array_split(values, min(len(values), 200))
+    return [part.mean() for part in parts]
+
+
 def chart(title, x_label, y_label, lines):
-    """An SVG of lines [(name, x [n], y [n]), ...], of more than 200 points the means of
-    neighbours."""
+    """An SVG of lines [(name, x [n], y [n]), ...]."""
     all_x = np.concatenate([x for _, x, _ in lines])
     all_y = np.concatenate([[0], *(y for _, _, y in lines)])
     left, width = all_x.min(), np.ptp(all_x) or 1
@@ -709,14 +808,12 @@ def chart(title, x_label, y_label, lines):
     for share in (0, 0.5, 1):
         x, y = place(left + share * width, low + share * height)
         svg += f'<path d="M60 {y:.0f}h300" stroke="#8884" />'
-        svg += f'<text x=55 y={y + 4:.0f} text-anchor=end>{low + share * height:.3g}</text>'
-        svg += f'<text x={x:.0f} y=188 text-anchor=middle>{left + share * width:.3g}</text>'
+        svg += f'<text x=55 y={y + 4:.0f} text-anchor=end>{tick(low + share * height)}</text>'
+        svg += f'<text x={x:.0f} y=188 text-anchor=middle>{tick(left + share * width)}</text>'
     legend = ""
     for name, xs, ys in lines:
-        n = min(len(xs), 200)
-        xs = [part.mean() for part in np.array_split(xs, n)]
-        ys = [part.mean() for part in np.array_split(ys, n)]
-        path = " ".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in zip(xs, ys))
+        points = [place(x, y) for x, y in zip(thinned(xs), thinned(ys))]
+        path = " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
         svg += f'<path d="M{path}" fill=none stroke="{COLOURS[name]}" stroke-width=1.5 />'
         legend += f' <span style="color:{COLOURS[name]}">■</span> {name}'
     svg += f"<text x=210 y=206 text-anchor=middle>{x_label}</text><text x=2 y=12>{y_label}</text>"
@@ -728,6 +825,7 @@ def chart(title, x_label, y_label, lines):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
+        usage="python eval.py --model DIR (--prompt TEXT | --task NAME --data FILE) [--help]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -753,7 +851,7 @@ def parse_arguments():
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="[auto]")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [an accelerator if there is one]")
     args = parser.parse_args()
-    for name in ("samples", "max_new"):
+    for name in ("samples", "max_new", "max_len"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, expected 1 or more")
     for name in ("limit", "temperature", "micro_tokens", "seed"):
@@ -770,7 +868,8 @@ def template_of(path):
     """The template that a checkpoint of train.py says it was trained with."""
     file = Path(path, "chat_template.jinja")
     if file.exists():
-        found = re.match(r"\{# template: (\w+) #\}", file.read_text(encoding="utf-8"))
+        with reading(file):
+            found = re.match(r"\{# template: (\w+) #\}", file.read_text(encoding="utf-8"))
         if found and found[1] in TEMPLATES:
             return found[1]
     return "tulu"
@@ -785,30 +884,39 @@ def main():
     if args.report:
         write_report(Path(args.report))
         return
-    if args.out and args.data and Path(args.out).resolve() == Path(args.data).resolve():
-        raise InputError(f"--out {args.out} is the file of --data")
+    inputs = [Path(file).resolve() for file in (args.data, args.demos) if file]
+    if args.out and Path(args.out).resolve() in inputs:
+        raise InputError(f"--out {args.out} is a file that is read")
     device, dtype = pick_device(args.device, args.dtype)
     model = Transformer.from_pretrained(args.model, dtype, device).eval()
     tokenizer = Tokenizer.from_pretrained(args.model)
     args.template = args.template or template_of(args.model)
     args.micro_tokens = args.micro_tokens or (16384 if device.type == "cuda" else 4096)
-    args.max_len = min(args.max_len, model.config.max_positions)
+    if args.max_len > model.config.max_positions:
+        args.max_len = model.config.max_positions
+        if args.task in ("nll", "diversity"):
+            print(f"--max_len is lowered to {args.max_len}, the positions that the model has")
     if args.prompt is not None:
-        turns = [("user", args.prompt), ("assistant", None)]
-        ids, _ = encode(render(turns, tokenizer, args.template), tokenizer)
-        how = {"stop": stop_ids(tokenizer, args.template), "temperature": args.temperature or 0.0}
-        answer = generate(model, [ids], args.max_new, seed=args.seed, **how)[0]
-        print(visible(tokenizer.decode(answer).strip()))
+        print(visible(answer(args, model, tokenizer)))
         return
-    with reading(args.data):
-        items = TASKS[args.task](args, model, tokenizer)
+    items = TASKS[args.task](args, model, tokenizer)
     result = summarise(args.task, items)
     if args.out:
-        with open(args.out, "w") as out:
-            for index, item in enumerate(items):
-                metrics = item.pop("metrics")
-                out.write(json.dumps({"task": args.task, "index": index, **item, **metrics}) + "\n")
+        write_items(args.out, args.task, items)
     print(json.dumps(result))
+
+
+def answer(args, model, tokenizer):
+    """The text that the model answers to --prompt."""
+    turns = [("user", args.prompt), ("assistant", None)]
+    with reading("--prompt"):
+        ids, _ = encode(render(turns, tokenizer, args.template), tokenizer)
+        if not ids:
+            raise InputError("no text")
+    stop = stop_ids(tokenizer, args.template)
+    temperature = args.temperature or 0.0
+    (said,) = generate(model, [ids], args.max_new, stop, temperature, args.seed)
+    return tokenizer.decode(said).strip()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     nll = token_nll(hidden, head_weight, targets)       # of every response token, under two models
     scores = influence(nll_base, nll_ref)               # how much the reference improved on each
     positive = partition(scores, rho=0.7)               # the best 70 % are learned ...
-    lam = lam_at(step, steps, 1e-5, 0.25)               # ... and the rest forgotten, gently at first
+    lam = lam_at(step, steps, 1e-5, 0.25)              # ... and the rest forgotten, gently at first
     loss = forgetting_loss(nll, positive, ~positive, lam)
 
 Full SFT is the same loss with every token positive; ignoring is the same with no token negative.
@@ -46,9 +46,8 @@ def token_nll(hidden, head_weight, targets):
 def _nll_of_rows(hidden, head_weight, targets):
     # A head that trains stays float32: then its gradient is summed over the chunks in float32.
     logits = F.linear(hidden, head_weight.to(hidden.dtype))  # [rows, V]
-    # By default a target of -100 would pass for one of nll 0: here none is ignored.
-    nothing = -(2**31)
-    return F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=nothing)  # [rows]
+    no_index = -(2**31)  # the default, -100, would pass for a token of nll 0
+    return F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=no_index)
 
 
 def influence(nll_base, nll_ref):

@@ -156,7 +156,7 @@ def stored_tensors(path):
         with reading(file):
             if not file.exists():
                 if (path / "adapter_config.json").exists():
-                    raise InputError("no such file. This is a PEFT adapter: merge it into its model")
+                    raise InputError("no such file. This is a PEFT adapter: merge it first")
                 raise InputError("no such file (.bin, .pth and GGUF files are not read)")
             with safe_open(file, framework="pt") as tensors:
                 names = list(tensors.keys())
@@ -522,7 +522,7 @@ class Transformer(nn.Module):
         path = Path(path)
         with reading(path / "config.json"):
             if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-                raise InputError("no such file. This is a PEFT adapter: merge it into its model")
+                raise InputError("no such file. This is a PEFT adapter: merge it first")
         raw = read_json(path / "config.json")
         with reading(path / "config.json"):
             config = read_config(raw)

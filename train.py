@@ -80,7 +80,6 @@ WORLD = {
     "batch_size": 16,
     "dtype": "float32",
     "device": "cpu",
-    "template": "plain",
 }
 WORLD_LR = {"base": 3e-3, "ref": 1.1e-3, "sft": 5.6e-4, "ignore": 2.8e-4, "forget": 2.8e-4}
 WORLD_PRETRAINING = {"warmup": 0.1, "weight_decay": 1.0, "batch_size": 128}
@@ -102,8 +101,8 @@ RANK = int(os.environ.get("RANK", 0))
 
 
 def pipeline(s, base, data, ref_data, out):
-    """Forgetting on the checkpoint directory `base`, with data (D_train) and ref_data (D_ref), lists
-    of Examples. Returns the influence and the partition of the response tokens of D_train."""
+    """Forgetting on the checkpoint directory `base`, with the Examples data (D_train) and ref_data
+    (D_ref). Returns the influence and the partition of the response tokens of D_train."""
     tune(s, "ref", base, ref_data, out)  # the reference model learns D_ref
 
     nll_base = score(s, "base", base, data, out)  # [n] over all response tokens of D_train
@@ -120,13 +119,14 @@ def pipeline(s, base, data, ref_data, out):
 def with_masks(data, positive, method):
     """The examples of a method. It is the masks alone that tell the three apart:
     sft learns all response tokens, ignore the positive ones, forget unlearns the others as well."""
+    positive = positive.numpy()  # [response tokens of all data]
     examples = []
     begin = 0
     for example in data:
         response = example.positive
         end = begin + response.sum()
         P = np.zeros_like(response)
-        P[response] = positive[begin:end].numpy()
+        P[response] = positive[begin:end]
         begin = end
         nothing = np.zeros_like(response)
         if method == "sft":
@@ -153,8 +153,6 @@ def tune(s, stage, start, examples, out):
         publish(out / stage, lambda part: save_adapter(model, part))
     else:
         publish(out / stage, lambda part: save_checkpoint(model, start, s.template, part))
-    if RANK == 0:
-        (out / "state.safetensors").unlink(missing_ok=True)
     SECONDS[stage] = time.perf_counter() - began
 
 
@@ -186,7 +184,7 @@ def train(model, examples, s, stage, out):
         for i, indices in enumerate(micro_batches(chosen, s.micro_tokens)):
             if i % RANKS != RANK:
                 continue  # another process has this one
-            # Dropout depends on the micro-batch alone, not on who computes it or on what went before
+            # Dropout depends on the micro-batch alone, not on who computes it nor what went before
             torch.manual_seed(s.seed + 1_000_003 * step + i)
             batch = make_batch([chosen[j] for j in indices], device)
             nll = model.response_nll(batch)  # [N]
@@ -369,17 +367,20 @@ def score(s, name, base, data, out):
             printed = time.perf_counter()
             print(f"score {name} {done:,}/{len(data):,} examples", flush=True)
         if RANK == 0:
-            clock.save_if_due(lambda: save_nll(state, torch.cat(pieces), done))
+            clock.save_if_due(lambda: save_nll(state, pieces, done))
     nll = torch.cat(pieces)
     if not nll.isfinite().all():
         raise InputError(f"the {name} model gives an nll of NaN: it is broken")
-    publish(state, lambda part: save_nll(part, nll, done))
+    if RANK == 0:
+        save_nll(state, pieces, done)
     SECONDS[f"score {name}"] = time.perf_counter() - began
     return nll
 
 
-def save_nll(path, nll, examples):
-    write_whole(path, lambda part: save_tensors(part, {"nll": nll}, {"examples": str(examples)}))
+def save_nll(path, pieces, done):
+    """What of D_train is scored so far: the nll of its first `done` examples."""
+    tensors = {"nll": torch.cat(pieces)}
+    write_whole(path, lambda part: save_tensors(part, tensors, {"examples": str(done)}))
 
 
 def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
@@ -388,7 +389,7 @@ def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
     spread = float(scores.std())
     if spread < 0.1:
         print(f"The influence has a standard deviation of {spread:.3f} nats, hardly more than")
-        print("rounding: the reference has learned too little, and the partition is near to chance.")
+        print("rounding: the reference has learned too little, the partition is close to chance.")
     response = torch.from_numpy(np.concatenate([example.positive for example in data]))
 
     def spread_out(values):
@@ -431,7 +432,7 @@ def save_checkpoint(model, start, template, path):
     for name in ("config.json", "generation_config.json"):
         content = read_json(path / name) if (path / name).exists() else {}
         ends = as_list(content.get("eos_token_id")) + as_list(end)
-        content["eos_token_id"] = sorted(set(ends), key=ends.index)
+        content["eos_token_id"] = list(dict.fromkeys(ends))  # each once
         (path / name).write_text(json.dumps(content, indent=2))
     settings = path / "tokenizer_config.json"
     if settings.exists():
@@ -556,19 +557,22 @@ def start_run(s, out, sources):
         return
     before = read_json(file)
     with reading(f"{file} (remove {out} to begin again)"):
-        old_settings, old_sources, old_code = before["settings"], before["sources"], before["code"]
-        changed = [f"--{k} {old_settings.get(k)} (now {v})" for k, v in settings.items()
-                   if v != old_settings.get(k)]  # fmt: skip
-        changed += [f"another {k}" for k, v in sources.items() if v != old_sources.get(k)]
+        changed = [f"--{name}" for name in differing(settings, before["settings"])]
+        changed += differing(sources, before["sources"])
+        edited = differing(code, before["code"])
     if changed:
-        changes = ", ".join(changed)
-        raise InputError(f"{out} was made with {changes}: use another --out, or remove {out}")
-    edited = [name for name in CODE if code[name] != old_code.get(name)]
+        names = ", ".join(changed)
+        raise InputError(f"{out} was made with another {names}: use another --out, or remove {out}")
     if edited and not s.keep:
         raise InputError(
             f"{', '.join(edited)} edited since {out} was made: use another --out, remove {out}, or "
             f"give --keep to go on with the stages that are there"
         )
+
+
+def differing(now, before):
+    """The names of the entries that are not as they were."""
+    return [name for name, value in now.items() if value != before[name]]
 
 
 def file_digest(path):
@@ -612,13 +616,12 @@ def real_run(s, out):
     # nll on P and N for up to 256 examples of D_train
     every = math.ceil(len(data) / 256)
     sample = with_masks(data, positive, "forget")[::every]
+    is_positive = [example.positive[example.positive | example.negative] for example in sample]
+    is_positive = torch.from_numpy(np.concatenate(is_positive))
     table = {}
     for name, path in [("base", base), *((method, out / method) for method in s.methods)]:
         model = load(replace(s, compile=False), path)
-        found = examples_nll(model, sample, s.micro_tokens)
-        learned = [example.positive[example.positive | example.negative] for example in sample]
-        is_positive = torch.from_numpy(np.concatenate(learned))
-        nll = torch.cat(found)
+        nll = torch.cat(examples_nll(model, sample, s.micro_tokens))
         table[name] = {}
         if is_positive.any():
             table[name]["nll on P"] = float(nll[is_positive].mean())
@@ -670,6 +673,7 @@ def real_data(s):
 
 def world_run(s, out):
     """The pipeline in the embedded world. Returns {row of the table: {metric: value}}."""
+    s.template = "plain"
     start_run(s, out, {})  # all of it follows from settings and code
     torch.set_num_threads(1)  # a second one only gets in the way of a model this small
     world = World(s.seed)
@@ -690,8 +694,8 @@ def world_run(s, out):
     negative = ~positive.numpy()
     planted = parts["planted"]
     if negative.any() and planted.any():
-        found = planted[negative].mean()
-        print(f"\n{found:.0%} of the negative tokens are planted myths, of all {planted.mean():.0%}")
+        of_negative, of_all = planted[negative].mean(), planted.mean()
+        print(f"\n{of_negative:.0%} of the negative tokens are planted myths, {of_all:.0%} of all")
     return table
 
 
@@ -837,8 +841,8 @@ def main():
     s = parse_settings(sys.argv[1:])
     join_processes()
     out = Path(s.out)
-    if not s.model:
-        print(f"The embedded world. It is small: device {s.device} (--device for another)")
+    if not s.model and s.device == "cpu":
+        print("The embedded world, on the CPU: too small for an accelerator to be faster")
     settle(s)
     table = real_run(s, out) if s.model else world_run(s, out)
 
@@ -852,6 +856,7 @@ def main():
     if torch.cuda.is_initialized():
         print(f"\npeak memory on the device: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     if RANK == 0:
+        (out / "state.safetensors").unlink(missing_ok=True)
         write_report(out)
 
 

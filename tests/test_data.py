@@ -350,7 +350,7 @@ REFUSED = [
     ("add_prefix_space", pre({**BYTES, "add_prefix_space": True})),
     ("Removed", pre({**SPLIT, "behavior": "Removed"}, SPLIT_BYTES)),
     ("pre_tokenizer", pre({**SPLIT, "invert": True}, SPLIT_BYTES)),
-    ("Regex", pre({**SPLIT, "pattern": {"String": " "}}, SPLIT_BYTES)),
+    ("pre_tokenizer", pre({**SPLIT, "pattern": {"String": " "}}, SPLIT_BYTES)),
     ("pre_tokenizer", pre(SPLIT, *GPT2)),  # split twice
     ("pre_tokenizer", change(pre_tokenizer=None)),
     ("post_processor", post("Sequence", "SpecialToken")),
@@ -413,13 +413,13 @@ def tokenizer(directory):
     return real(directory)
 
 
-def random_conversations(n, tokenizer, seed=0, control_text=False):
+def random_conversations(n, tokenizer, seed=0, control_pattern=False):
     """Turns [(role, content), ...] of every shape that training accepts."""
     rng = random.Random(seed)
     pool = []
     for text in random_texts(8 * n, seed):
         fits = not set(text.encode()) & set(tokenizer.lacking)
-        if fits and text.strip() and (control_text or not tokenizer.control_text.search(text)):
+        if fits and text.strip() and (control_pattern or not tokenizer.control_pattern.search(text)):
             pool.append(text)
     for _ in range(n):
         turns = [("system", rng.choice(pool))] if rng.random() < 0.5 else []
@@ -494,7 +494,7 @@ def test_tools_and_contents_that_are_no_text_are_refused_by_the_jinja(template, 
 
 
 def test_the_mask_covers_the_stripped_answers_and_their_end_tokens_alone(template, tokenizer):
-    for turns in [TURNS, *random_conversations(100, tokenizer, seed=3, control_text=True)]:
+    for turns in [TURNS, *random_conversations(100, tokenizer, seed=3, control_pattern=True)]:
         ids, mask = encode(render(turns, tokenizer, template), tokenizer)
         runs = []
         previous = False
@@ -510,9 +510,9 @@ def test_the_mask_covers_the_stripped_answers_and_their_end_tokens_alone(templat
         assert runs == [[*tokenizer.encode(answer), end] for answer in answers]
 
 
-def test_control_text_in_contents_stays_text(template, tokenizer):
+def test_control_pattern_in_contents_stays_text(template, tokenizer):
     control = set(tokenizer.control.values())
-    for turns in random_conversations(100, tokenizer, seed=4, control_text=True):
+    for turns in random_conversations(100, tokenizer, seed=4, control_pattern=True):
         bare = [(role, "x") for role, _ in turns]
         ids, _ = encode(render(turns, tokenizer, template), tokenizer)
         plain, _ = encode(render(bare, tokenizer, template), tokenizer)
