@@ -747,7 +747,7 @@ def test_a_model_that_gives_nan_is_refused_and_has_no_score(
     status = run_script("eval.py", *argv, "--dtype", "float32")
     captured = capsys.readouterr()
     assert_refused(captured, status, "NaN", "broken")
-    assert captured.out == ""
+    assert "{" not in captured.out
 
 
 # --- answers to a prompt -------------------------------------------------------------------------
