@@ -86,6 +86,8 @@ class Tokenizer:
         ranks = read_ranks(spec["model"], apart)
         self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self.known_ids = {*ranks.values(), *apart.values()}
+        if len(self.known_ids) != len(ranks) + len(apart):
+            raise InputError("two tokens have one id")
         self.bpe = tiktoken.Encoding(
             name="",
             pat_str=read_pattern(spec),

@@ -770,8 +770,8 @@ def curves_html(file):
     points = {key: {} for key in CURVES}
     for where, record in read_file(file):
         with reading(where):
-            if record["stage"] not in COLOURS:
-                continue  # the world's base
+            if record["stage"] == "base":  # of the world: long, and not about forgetting
+                continue
             for key in CURVES:
                 if record.get(key) is not None:  # whoever edits train.py may drop a key
                     stage = points[key].setdefault(record["stage"], [])
@@ -812,10 +812,11 @@ def chart(title, x_label, y_label, lines):
         svg += f'<text x={x:.0f} y=188 text-anchor=middle>{tick(left + share * width)}</text>'
     legend = ""
     for name, xs, ys in lines:
+        colour = COLOURS.get(name, "gray")  # whoever edits train.py may add a stage
         points = [place(x, y) for x, y in zip(thinned(xs), thinned(ys))]
         path = " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        svg += f'<path d="M{path}" fill=none stroke="{COLOURS[name]}" stroke-width=1.5 />'
-        legend += f' <span style="color:{COLOURS[name]}">■</span> {name}'
+        svg += f'<path d="M{path}" fill=none stroke="{colour}" stroke-width=1.5 />'
+        legend += f' <span style="color:{colour}">■</span> {name}'
     svg += f"<text x=210 y=206 text-anchor=middle>{x_label}</text><text x=2 y=12>{y_label}</text>"
     return f'<figure><b>{title}</b><br>{legend}<svg viewBox="0 0 376 212">{svg}</svg></figure>'
 

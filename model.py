@@ -530,9 +530,9 @@ class Transformer(nn.Module):
         for file, name, tensor in stored_tensors(path):
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # some files repeat what the config says
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise InputError(f"{file}: {name} is {tensor.dtype}, expected finite float values")
             state[name] = tensor.to(device, dtype, copy=True)  # never a view of the file
+            if not tensor.is_floating_point() or not state[name].isfinite().all():
+                raise InputError(f"{file}: {name} is {tensor.dtype}, expected finite float values")
         if config.tied_head and "lm_head.weight" in state:
             # The file may repeat the embedding. Another head beside it unties them, as in
             # transformers.

@@ -321,7 +321,8 @@ def load_reference(s, base, out):
     model = load(s, base, to_train=True)
     with reading(file):
         adapter = load_file(file)
-        if adapter.keys() != model.lora_state().keys():
+        shapes = {name: tensor.shape for name, tensor in adapter.items()}
+        if shapes != {name: tensor.shape for name, tensor in model.lora_state().items()}:
             raise InputError(f"it does not fit {base}")
         model.load_state_dict(adapter, strict=False)
     return model
@@ -332,10 +333,14 @@ def score(s, name, base, data, out):
     """nll [n] float32 of all response tokens of D_train, in file order, under the base model or the
     reference. What an interrupted call has scored is kept in out/nll_NAME.safetensors."""
     final = out / "scores.safetensors"
+    counts = [int(example.positive.sum()) for example in data]
     if final.exists():
         print(f"score: nll_{name} taken from {final} (remove it to score again)")
         with reading(final), safe_open(final, framework="pt") as scores:
-            return scores.get_tensor(f"nll_{name}")[scores.get_tensor("response").bool()]
+            nll = scores.get_tensor(f"nll_{name}")[scores.get_tensor("response").bool()]
+        if len(nll) != sum(counts):
+            raise InputError(f"{final} has {len(nll)} tokens, expected {sum(counts)}: remove it")
+        return nll
     began = time.perf_counter()
     state = out / f"nll_{name}.safetensors"
     pieces = []
@@ -345,6 +350,9 @@ def score(s, name, base, data, out):
             with safe_open(state, framework="pt") as kept:
                 pieces.append(kept.get_tensor("nll"))
                 done = int(kept.metadata()["examples"])
+            if len(pieces[0]) != sum(counts[:done]):
+                raise InputError(f"{len(pieces[0])} tokens, expected {sum(counts[:done])}")
+        print(f"score {name}: going on after example {done}")
 
     model = load(s, base) if name == "base" else load_reference(s, base, out)
     micro_tokens = s.micro_tokens
@@ -518,6 +526,9 @@ def resume(stage, params, optimizer, out):
 @torch.no_grad()
 def restore(tensors, done, params, optimizer):
     for name, parameter in params.items():
+        for key in (name, f"exp_avg {name}", f"exp_avg_sq {name}"):
+            if tensors[key].shape != parameter.shape:
+                raise InputError(f"{key} has another shape")
         parameter.copy_(tensors[name])
         optimizer.state[parameter] = {
             "step": torch.tensor(float(done), device=parameter.device),
@@ -548,11 +559,12 @@ def start_run(s, out, sources):
     facts = {"settings": settings, "sources": sources, "code": code}
     file = out / "run.json"
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise InputError(f"--out {out}: not empty, and no run of train.py: choose another")
-        if RANKS > 1:
-            dist.barrier()  # all have looked
-        out.mkdir(parents=True, exist_ok=True)
+        with reading(f"--out {out}"):
+            if out.exists() and any(out.iterdir()):
+                raise InputError("not empty, and no run of train.py: choose another")
+            if RANKS > 1:
+                dist.barrier()  # all have looked
+            out.mkdir(parents=True, exist_ok=True)
         publish(file, lambda part: part.write_text(json.dumps(facts, indent=1)))
         return
     before = read_json(file)
@@ -563,6 +575,9 @@ def start_run(s, out, sources):
     if changed:
         names = ", ".join(changed)
         raise InputError(f"{out} was made with another {names}: use another --out, or remove {out}")
+    if RANK == 0:
+        for left in out.glob(".tmp*"):  # by safetensors, when its writing was killed
+            left.unlink()
     if edited and not s.keep:
         raise InputError(
             f"{', '.join(edited)} edited since {out} was made: use another --out, remove {out}, or "
@@ -605,6 +620,8 @@ def real_run(s, out):
     """The pipeline on the user's model and data. Returns {row of the table: {metric: value}}."""
     data, ref_data = real_data(s)
     base = Path(s.model)
+    if not (out / "run.json").exists():
+        Transformer.from_pretrained(base)  # weights of no use are refused before --out is written
     sources = {
         "data": examples_digest(data),
         "ref_data": examples_digest(ref_data),
@@ -848,8 +865,9 @@ def main():
 
     file = out / "summary.json"
     before = read_json(file) if file.exists() else {}  # of an earlier call with other --methods
-    table = {**before.get("table", {}), **table}
-    seconds = {**before.get("seconds", {}), **SECONDS}
+    with reading(file):
+        table = {**before.get("table", {}), **table}
+        seconds = {**before.get("seconds", {}), **SECONDS}
     summary = {"table": table, "settings": asdict(s), "seconds": seconds}
     publish(file, lambda part: part.write_text(json.dumps(summary, indent=1)))
     print_table(table)
