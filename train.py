@@ -153,6 +153,7 @@ def tune(s, stage, start, examples, out):
         publish(out / stage, lambda part: save_adapter(model, part))
     else:
         publish(out / stage, lambda part: save_checkpoint(model, start, s.template, part))
+    remove(out / "state.safetensors")
     SECONDS[stage] = time.perf_counter() - began
 
 
@@ -418,9 +419,8 @@ def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
     threshold = float(scores[positive].min()) if positive.any() else math.inf
     facts = {"rho": str(s.rho), "threshold": str(threshold)}
     publish(out / "scores.safetensors", lambda part: save_tensors(part, tensors, facts))
-    if RANK == 0:
-        for name in ("base", "ref"):
-            (out / f"nll_{name}.safetensors").unlink(missing_ok=True)
+    remove(out / "nll_base.safetensors")
+    remove(out / "nll_ref.safetensors")
 
 
 def save_adapter(model, path):
@@ -469,6 +469,13 @@ def publish(path, write):
     """The same in process 0, while the others wait for it."""
     if RANK == 0:
         write_whole(path, write)
+    if RANKS > 1:
+        dist.barrier()
+
+
+def remove(path):
+    if RANK == 0:
+        path.unlink(missing_ok=True)
     if RANKS > 1:
         dist.barrier()
 
@@ -777,7 +784,7 @@ def find_problems(s):
     """Yields a sentence for each value of no use."""
     for name, value in asdict(s).items():
         if type(value) in (int, float) and not 0 <= value <= 2**32:
-            yield f"--{name} is {value}, expected 0 or more"
+            yield f"--{name} is {value}, expected a number from 0 to {2**32}"
     for name in ("ref_fraction", "rho", "lora_dropout", "warmup", "noise"):
         if getattr(s, name) > 1:
             yield f"--{name} is {getattr(s, name)}, a share from 0 to 1"
@@ -874,7 +881,6 @@ def main():
     if torch.cuda.is_initialized():
         print(f"\npeak memory on the device: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     if RANK == 0:
-        (out / "state.safetensors").unlink(missing_ok=True)
         write_report(out)
 
 

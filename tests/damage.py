@@ -46,7 +46,7 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 MC = {"the capital": 1, "what is": 0}
 QA = {"id": "english-1", "question": "what is", "answers": [{"text": "the capital"}]}
 TYDI = {"data": [{"paragraphs": [{"context": "the capital of France", "qas": [QA]}]}]}
-XML = "<R><Problem><Body>the</Body><Question>what is</Question><Answer>3 (of)</Answer></Problem></R>"
+XML = "<R><Problem><Body>the</Body><Question>what is</Question><Answer>3</Answer></Problem></R>"
 BENCHMARKS = {  # small files of the right form; the task stands between the dots
     "data.truthfulqa_mc1.json": json.dumps([{"question": "what", "mc1_targets": MC}] * 2),
     "data.truthfulqa_mc2.json": json.dumps([{"question": "what", "mc2_targets": MC}] * 2),

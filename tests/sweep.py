@@ -116,7 +116,7 @@ def quiz(model, tokenizer, questions, seed):
 
 
 def measure(pool, args, worlds, seeds, names, methods=METHODS, rates={}, **changes):
-    """All runs of one point, world by world and seed by seed; those in --results are not repeated."""
+    """All runs of one point, world by world and seed by seed, but for those in --results."""
     known = []
     if args.results.exists():
         known = [json.loads(line) for line in args.results.read_text().splitlines()]
@@ -156,7 +156,8 @@ def show(title, tables, names):
         lines = {stage: spreads(tables, f"{stage}, {group}", METRICS) for stage in stages}
         for one, other in (("forget", "ignore"), ("forget", "sft"), ("ignore", "sft")):
             if one in stages and other in stages:
-                lines[f"{one} − {other} (standard error)"] = differences(tables, one, other, group)
+                cells = differences(tables, one, other, group)
+                lines[f"{one} − {other} (standard error)"] = cells
         if stages:
             table(f"{group} names" if group == names else "wrong facts", METRICS, lines)
 

@@ -638,7 +638,8 @@ def test_a_machine_that_is_stopped_all_the_time_gets_to_the_same_end(
             break
         stops += 1
         assert status == 130
-        assert said.err == "error: interrupted; the same command goes on from the last saved state\n"
+        assert said.err.startswith("error: interrupted; the same command goes on")
+        assert len(said.err.splitlines()) == 1
     assert stops >= 3
     assert kill.content(tmp_path / "out") == kill.content(tmp_path / "whole")
 
