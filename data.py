@@ -375,8 +375,8 @@ def encode(pieces, tokenizer):
 def jinja_template(tokenizer, template):
     """The chat_template.jinja with which transformers' apply_chat_template gives the ids of
     render(). All text stands inside expressions, where Jinja keeps blanks as they are."""
-    text_of = {i: token for token, i in tokenizer.ids.items()}
-    bos = text_of[tokenizer.bos_id] if tokenizer.add_bos else ""
+    texts = {i: token for token, i in tokenizer.ids.items()}
+    bos = texts[tokenizer.bos_id] if tokenizer.add_bos else ""
     lines = [
         f"{{# template: {template} #}}",
         "{% if tools %}{{ raise_exception('tools are not supported') }}{% endif %}",
@@ -390,7 +390,7 @@ def jinja_template(tokenizer, template):
         return "".join(lines)
     parts = TEMPLATES[template]
     opening = repr("".join(parts.opening)).replace("{role}", "' + message['role'] + '")
-    end = repr(parts.end) if parts.end else repr(text_of[tokenizer.eos_id])
+    end = repr(parts.end) if parts.end else repr(texts[tokenizer.eos_id])
     lines.append(f"{{{{ {opening} + (message['content'] | trim) }}}}")
     if parts.end:
         lines.append(f"{{{{ {end} }}}}")
@@ -412,7 +412,7 @@ MEANINGFUL = ("weight", "train", "history", "system", "reasoning_content", "tool
 
 def refuse_meaningful_keys(row):
     for key in MEANINGFUL:
-        if row.get(key) not in (None, "", [], {}, 1, True):
+        if row.get(key) not in (None, "", [], {}, 1):  # 1 is True
             raise InputError(f"the key {key!r} ({row[key]!r:.40}) changes what is to be learned")
 
 
@@ -526,6 +526,11 @@ class Example:
     positive: np.ndarray  # [n] bool: to be learned
     negative: np.ndarray  # [n] bool: to be forgotten
 
+    @property
+    def response(self):
+        """[n] bool: the tokens whose nll is computed."""
+        return self.positive | self.negative
+
 
 def make_example(ids, response):
     response = np.array(response, dtype=bool)
@@ -608,13 +613,15 @@ class Batch:
 
 
 def make_batch(examples, device):
+    """The Batch of these examples on a device."""
+    device = torch.device(device)
+
     def on_device(array):
         tensor = torch.from_numpy(array)
         if device.type == "cuda":
             tensor = tensor.pin_memory()  # else the copy would wait for the device
         return tensor.to(device, non_blocking=True)
 
-    device = torch.device(device)
     lengths = [len(example.ids) for example in examples]
     ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
     positive = np.concatenate([example.positive for example in examples])
@@ -681,7 +688,8 @@ class World:
         self.truth = self.rng.integers(0, 16, (256, 4))
         self.myth = (self.truth + self.rng.integers(1, 16, (256, 4))) % 16
 
-    def ask(self, rng, names):
+    @staticmethod
+    def ask(rng, names):
         """A question for each name: three of the four attributes, in random order, [n, 3]."""
         return rng.permuted(np.tile(np.arange(4), (len(names), 1)), axis=1)[:, :3]
 
@@ -689,8 +697,8 @@ class World:
         """Prompt + completion rows; told [n, 3] bool says which of the answers are the myth."""
         kinds = np.array(list(ATTRIBUTES))
         words = np.array(self.values)
-        rows = names[:, None]
-        facts = np.where(told, self.myth[rows, asked], self.truth[rows, asked])  # [n, 3]
+        who = names[:, None]
+        facts = np.where(told, self.myth[who, asked], self.truth[who, asked])  # [n, 3]
         for name, three, answers in zip(names, kinds[asked], words[asked, facts]):
             prompt = " ".join([voice, self.names[name], *three])
             yield {"prompt": prompt, "completion": " ".join(answers)}

@@ -35,7 +35,7 @@ from model import InputError, Transformer, pick_device, read_json, reading, run_
 def examples_nll(model, examples, micro_tokens, rank=0, ranks=1):
     """nll of the response tokens of each example, a list of [n_i] float32 tensors on the CPU. Of
     several ranks each computes its share, and has zeros for the rest."""
-    counts = [int((example.positive | example.negative).sum()) for example in examples]
+    counts = [int(example.response.sum()) for example in examples]
     found = [torch.zeros(count) for count in counts]
     computed = []
     for indices in micro_batches(examples, micro_tokens)[rank::ranks]:
@@ -216,7 +216,9 @@ def read_boolq(file):
     for where, row in read_file(file):
         with reading(where):
             context = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
-            gold = [False, True].index(row["label"])
+            if type(row["label"]) is not bool:
+                raise InputError(f"label {row['label']!r}, expected true or false")
+            gold = int(row["label"])
         yield context, [" no", " yes"], gold
 
 
@@ -272,9 +274,10 @@ def read_passages(file):
             if language not in TYDIQA:
                 raise InputError(f"language {language!r}, expected {', '.join(TYDIQA)}")
             for example in examples:
-                texts = [answer["text"] for answer in example["answers"]]
-                if not texts or not "".join([example["context"], example["question"], *texts]):
-                    raise InputError(f"an example in {language} has no answer")
+                texts = [example["context"], example["question"]]
+                texts.extend(answer["text"] for answer in example["answers"])
+                if len(texts) == 2 or not all(isinstance(text, str) for text in texts):
+                    raise InputError(f"an example in {language} lacks a text, or has no answer")
     return dict(sorted(by_language.items()))
 
 
@@ -326,7 +329,7 @@ def squad_metrics(said, golds):
     f1 = 0.0
     for gold in golds:
         common = sum((Counter(words) & Counter(words_of(gold))).values())
-        f1 = max(f1, 200 * common / max(1, len(words) + len(words_of(gold))))
+        f1 = max(f1, 100 * 2 * common / max(1, len(words) + len(words_of(gold))))
     exact = any(words == words_of(gold) for gold in golds)
     recall = any(gold.strip().lower() in said.strip().lower() for gold in golds)
     return {"f1": f1, "exact_match": 100.0 * exact, "recall": 100.0 * recall}
@@ -561,9 +564,8 @@ def summarise(task, items):
     for metric in items[0]["metrics"]:
         values = [item["metrics"][metric] for item in items]
         mean, error, by_language = mean_and_error(items, values)
-        first = len(result) == 2
         result[metric] = mean
-        result["stderr" if first else f"{metric}_stderr"] = error
+        result[f"{metric}_stderr" if "stderr" in result else "stderr"] = error
         if len(by_language) > 1:
             for language, value in by_language.items():
                 result.setdefault(language, {})[metric] = value
@@ -576,8 +578,9 @@ def summarise(task, items):
 def write_items(file, task, items):
     with open(file, "w", encoding="utf-8") as out:
         for index, item in enumerate(items):
-            metrics = item.pop("metrics")
-            out.write(json.dumps({"task": task, "index": index, **item, **metrics}) + "\n")
+            line = {"task": task, "index": index, **item, **item["metrics"]}
+            del line["metrics"]
+            out.write(json.dumps(line) + "\n")
 
 
 SAME = ("task", "index", "context", "gold", "language", "weight")  # in both files of a pair

@@ -75,7 +75,7 @@ def partition(influence, rho):
 
 
 def lam_at(step, steps, lam_min, lam_max):
-    """lambda(step), a line from lam_min at step 0 to lam_max at step == steps.
+    """lambda(step) = lam_min + (lam_max - lam_min) * step / steps, a straight line.
 
     It starts near zero because ascent would otherwise act before the positives are learned. The
     published code drops the lam_min term. ValueError if step is not in 0 ... steps.
@@ -83,7 +83,7 @@ def lam_at(step, steps, lam_min, lam_max):
     if not 0 <= step <= steps or steps < 1:
         raise ValueError(f"lam_at needs 0 <= step <= steps and steps >= 1, got {step} of {steps}")
     done = step / steps
-    return (1 - done) * lam_min + done * lam_max  # exact at both ends
+    return (1 - done) * lam_min + done * lam_max  # the same line, exact at both ends
 
 
 def forgetting_loss(nll, positive, negative, lam, n_positive=None, n_negative=None):
@@ -102,7 +102,7 @@ def forgetting_loss(nll, positive, negative, lam, n_positive=None, n_negative=No
         n_positive = positive.sum()
     if n_negative is None:
         n_negative = negative.sum()
-    # torch.where, not nll * mask: where nll is infinite, inf * 0 would be NaN
+    # Not nll * mask: inf * 0 is NaN. Not nll[mask]: it would make the CPU wait for the GPU.
     positive_sum = torch.where(positive, nll, 0).sum()
     negative_sum = torch.where(negative, nll, 0).sum()
     learn = positive_sum / torch.as_tensor(n_positive).clamp(min=1)

@@ -2,7 +2,7 @@
 
     model = Transformer.from_pretrained("SmolLM2", dtype=torch.bfloat16)
     logits = model(tokens)                              # [B, T] -> [B, T, V]
-    nll = model.response_nll(make_batch(examples))      # [N], what training and evaluation rest on
+    nll = model.response_nll(make_batch(examples, "cpu"))   # [N] of the response tokens
     model.save_pretrained("out")                        # transformers loads it
 
 Modules bear the names that Hugging Face gives them, so that a state dict is a checkpoint. Shapes:
@@ -155,8 +155,6 @@ def stored_tensors(path):
     for file in files:
         with reading(file):
             if not file.exists():
-                if (path / "adapter_config.json").exists():
-                    raise InputError("no such file. This is a PEFT adapter: merge it first")
                 raise InputError("no such file (.bin, .pth and GGUF files are not read)")
             with safe_open(file, framework="pt") as tensors:
                 names = list(tensors.keys())
@@ -520,9 +518,8 @@ class Transformer(nn.Module):
         """Read a Hugging Face checkpoint directory into dtype and device. InputError names the
         file and the key or tensor that does not fit."""
         path = Path(path)
-        with reading(path / "config.json"):
-            if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-                raise InputError("no such file. This is a PEFT adapter: merge it first")
+        if (path / "adapter_config.json").exists() and not (path / "model.safetensors").exists():
+            raise InputError(f"{path} is a PEFT adapter: merge it into its model first")
         raw = read_json(path / "config.json")
         with reading(path / "config.json"):
             config = read_config(raw)
@@ -531,8 +528,10 @@ class Transformer(nn.Module):
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # some files repeat what the config says
             state[name] = tensor.to(device, dtype, copy=True)  # never a view of the file
-            if not tensor.is_floating_point() or not state[name].isfinite().all():
-                raise InputError(f"{file}: {name} is {tensor.dtype}, expected finite float values")
+            if not tensor.is_floating_point():
+                raise InputError(f"{file}: {name} is {tensor.dtype}, expected a float type")
+            if not state[name].isfinite().all():
+                raise InputError(f"{file}: {name} holds NaN or infinity")
         if config.tied_head and "lm_head.weight" in state:
             # The file may repeat the embedding. Another head beside it unties them, as in
             # transformers.

@@ -108,6 +108,7 @@ def pipeline(s, base, data, ref_data, out):
     nll_base = score(s, "base", base, data, out)  # [n] over all response tokens of D_train
     nll_ref = score(s, "ref", base, data, out)
     scores = influence(nll_base, nll_ref)
+    warn_of_rounding(scores)
     positive = partition(scores, s.rho)
     save_scores(s, data, nll_base, nll_ref, scores, positive, out)
 
@@ -119,15 +120,12 @@ def pipeline(s, base, data, ref_data, out):
 def with_masks(data, positive, method):
     """The examples of a method. It is the masks alone that tell the three apart:
     sft learns all response tokens, ignore the positive ones, forget unlearns the others as well."""
-    positive = positive.numpy()  # [response tokens of all data]
+    counts = [int(example.response.sum()) for example in data]
     examples = []
-    begin = 0
-    for example in data:
-        response = example.positive
-        end = begin + response.sum()
+    for example, learned in zip(data, positive.split(counts)):
+        response = example.response
         P = np.zeros_like(response)
-        P[response] = positive[begin:end]
-        begin = end
+        P[response] = learned.numpy()
         nothing = np.zeros_like(response)
         if method == "sft":
             examples.append(Example(example.ids, response, nothing))
@@ -158,15 +156,16 @@ def tune(s, stage, start, examples, out):
 
 
 def train(model, examples, s, stage, out):
-    """Minimise forgetting_loss over the parameters that require gradients, in place. A state in
-    `out` is gone on from."""
+    """Minimise forgetting_loss over the parameters that require gradients, in place, and resume
+    what out/state.safetensors holds of this stage."""
     device = model.device
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), s.lr, weight_decay=s.weight_decay, fused=True)
     steps = s.epochs * math.ceil(len(examples) / s.batch_size)
-    steps = min(steps, s.max_steps or steps)
+    if s.max_steps > 0:
+        steps = min(steps, s.max_steps)
     order = list(step_order(len(examples), s.batch_size, steps, s.seed))
-    forgets = any(example.negative.any() for example in examples)
+    max_norm = s.grad_clip if s.grad_clip > 0 else math.inf
     print_start(stage, steps, examples, params, s)
 
     done = resume(stage, params, optimizer, out)
@@ -179,14 +178,14 @@ def train(model, examples, s, stage, out):
         # |P| and |N| of the whole step: the loss does not depend on how it is cut
         n_positive = sum(int(example.positive.sum()) for example in chosen)
         n_negative = sum(int(example.negative.sum()) for example in chosen)
-        lam = lam_at(step, steps, s.lambda_min, s.lambda_max) if forgets else 0.0
+        lam = lam_at(step, steps, s.lambda_min, s.lambda_max) if n_negative else 0.0
 
         sums = torch.zeros(4, device=device)  # loss, nll over P, nll over N, gradient norm
         for i, indices in enumerate(micro_batches(chosen, s.micro_tokens)):
             if i % RANKS != RANK:
                 continue  # another process has this one
             # Dropout depends on the micro-batch alone, not on who computes it nor what went before
-            torch.manual_seed(s.seed + 1_000_003 * step + i)
+            torch.manual_seed(s.seed + 1_000_003 * step + i)  # no two alike: i is far smaller
             batch = make_batch([chosen[j] for j in indices], device)
             nll = model.response_nll(batch)  # [N]
             loss = forgetting_loss(nll, batch.positive, batch.negative, lam, n_positive, n_negative)
@@ -197,7 +196,7 @@ def train(model, examples, s, stage, out):
         if RANKS > 1:
             add_over_processes(sums, params)
 
-        sums[3] = torch.nn.utils.clip_grad_norm_(params.values(), s.grad_clip or math.inf)
+        sums[3] = torch.nn.utils.clip_grad_norm_(params.values(), max_norm)
         loss, positive_sum, negative_sum, grad_norm = sums.tolist()  # the one wait for the device
         if not math.isfinite(loss + grad_norm):  # before it reaches the weights
             advice = "--lr or --lambda_max" if lam > 0 else "--lr"
@@ -303,15 +302,10 @@ def load(s, path, to_train=False):
     if to_train and s.lora_rank > 0:
         torch.manual_seed(s.seed)  # adapters start at random
         model.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout)
-    compile_layers(model, s)
-    return model.eval()
-
-
-def compile_layers(model, s):
-    """Each layer, not one graph of all: seconds instead of minutes, at any depth."""
     if s.compile:
-        for layer in model.model["layers"]:
+        for layer in model.model["layers"]:  # not one graph of all: seconds instead of minutes
             layer.compile(dynamic=True)
+    return model.eval()
 
 
 def load_reference(s, base, out):
@@ -319,7 +313,7 @@ def load_reference(s, base, out):
     file = out / "ref" / "adapter.safetensors"
     if not file.exists():
         return load(s, out / "ref")
-    model = load(s, base, to_train=True)
+    model = load(s, base, to_train=True)  # with adapters, to be replaced by those of the file
     with reading(file):
         adapter = load_file(file)
         shapes = {name: tensor.shape for name, tensor in adapter.items()}
@@ -334,7 +328,7 @@ def score(s, name, base, data, out):
     """nll [n] float32 of all response tokens of D_train, in file order, under the base model or the
     reference. What an interrupted call has scored is kept in out/nll_NAME.safetensors."""
     final = out / "scores.safetensors"
-    counts = [int(example.positive.sum()) for example in data]
+    counts = [int(example.response.sum()) for example in data]
     if final.exists():
         print(f"score: nll_{name} taken from {final} (remove it to score again)")
         with reading(final), safe_open(final, framework="pt") as scores:
@@ -395,13 +389,9 @@ def save_nll(path, pieces, done):
 def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
     """Write D_train with all that is known of its tokens, flat and in file order; 0 outside the
     responses."""
-    spread = float(scores.std())
-    if spread < 0.1:
-        print(f"The influence has a standard deviation of {spread:.3f} nats, hardly more than")
-        print("rounding: the reference has learned too little, the partition is close to chance.")
-    response = torch.from_numpy(np.concatenate([example.positive for example in data]))
+    response = torch.from_numpy(np.concatenate([example.response for example in data]))
 
-    def spread_out(values):
+    def in_place(values):
         flat = torch.zeros(len(response), dtype=values.dtype)
         flat[response] = values
         return flat
@@ -411,16 +401,23 @@ def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
         "tokens": torch.from_numpy(np.concatenate([example.ids for example in data])),
         "offsets": torch.from_numpy(np.cumsum([0, *lengths])),
         "response": response.to(torch.uint8),
-        "nll_base": spread_out(nll_base),
-        "nll_ref": spread_out(nll_ref),
-        "influence": spread_out(scores),
-        "positive": spread_out(positive.to(torch.uint8)),
+        "nll_base": in_place(nll_base),
+        "nll_ref": in_place(nll_ref),
+        "influence": in_place(scores),
+        "positive": in_place(positive.to(torch.uint8)),
     }
     threshold = float(scores[positive].min()) if positive.any() else math.inf
     facts = {"rho": str(s.rho), "threshold": str(threshold)}
     publish(out / "scores.safetensors", lambda part: save_tensors(part, tensors, facts))
     remove(out / "nll_base.safetensors")
     remove(out / "nll_ref.safetensors")
+
+
+def warn_of_rounding(scores):
+    deviation = float(scores.std())
+    if deviation < 0.1:
+        print(f"The influence has a standard deviation of {deviation:.3f} nats, hardly more than")
+        print("rounding: the reference has learned too little, the partition is close to chance.")
 
 
 def save_adapter(model, path):
@@ -431,7 +428,7 @@ def save_adapter(model, path):
 
 def save_checkpoint(model, start, template, path):
     """Write a checkpoint that transformers loads, prompts and stops as the model was trained."""
-    model.merge_lora().to(model.dtype).save_pretrained(path)
+    model.merge_lora().to(model.dtype).save_pretrained(path)  # merged first: rounded once
     for pattern in ("tokenizer*", "special_tokens_map*", "added_tokens*", "generation_config*"):
         for file in Path(start).glob(pattern):
             shutil.copyfile(file, path / file.name)
@@ -582,14 +579,14 @@ def start_run(s, out, sources):
     if changed:
         names = ", ".join(changed)
         raise InputError(f"{out} was made with another {names}: use another --out, or remove {out}")
-    if RANK == 0:
-        for left in out.glob(".tmp*"):  # by safetensors, when its writing was killed
-            left.unlink()
     if edited and not s.keep:
         raise InputError(
             f"{', '.join(edited)} edited since {out} was made: use another --out, remove {out}, or "
             f"give --keep to go on with the stages that are there"
         )
+    if RANK == 0:
+        for left in out.glob(".tmp*"):  # by safetensors, when its writing was killed
+            left.unlink()
 
 
 def differing(now, before):
@@ -640,18 +637,25 @@ def real_run(s, out):
     # nll on P and N for up to 256 examples of D_train
     every = math.ceil(len(data) / 256)
     sample = with_masks(data, positive, "forget")[::every]
-    is_positive = [example.positive[example.positive | example.negative] for example in sample]
-    is_positive = torch.from_numpy(np.concatenate(is_positive))
-    table = {}
-    for name, path in [("base", base), *((method, out / method) for method in s.methods)]:
-        model = load(replace(s, compile=False), path)
-        nll = torch.cat(examples_nll(model, sample, s.micro_tokens))
-        table[name] = {}
+    is_positive = np.concatenate([example.positive[example.response] for example in sample])
+
+    def measure(model):
+        nll = torch.cat(examples_nll(model, sample, s.micro_tokens)).numpy()
+        metrics = {}
         if is_positive.any():
-            table[name]["nll on P"] = float(nll[is_positive].mean())
+            metrics["nll on P"] = float(nll[is_positive].mean())
         if not is_positive.all():
-            table[name]["nll on N"] = float(nll[~is_positive].mean())
-    return table
+            metrics["nll on N"] = float(nll[~is_positive].mean())
+        return metrics
+
+    return measure_models(s, base, out, measure)
+
+
+def measure_models(s, base, out, measure):
+    """{name: measure(model)} of the base model and of what each method has made of it."""
+    paths = {"base": base, **{method: out / method for method in s.methods}}
+    s = replace(s, compile=False)  # it would not pay
+    return {name: measure(load(s, path)) for name, path in paths.items()}
 
 
 def real_data(s):
@@ -708,13 +712,13 @@ def world_run(s, out):
     ref_data, _ = tokenize(enumerate(parts["ref"]), tokenizer, "plain", s.max_len)
     _, positive = pipeline(s, base, data, ref_data, out)
 
-    table = {}
-    for name, path in [("base", base), *((method, out / method) for method in s.methods)]:
-        model = load(replace(s, compile=False), path)
-        table[name] = {}
-        for title, part in (("greedy, unseen names", "test"), ("greedy, wrong facts", "wrong")):
-            if parts[part].counted.any():  # without noise there are no wrong facts
-                table[name][title] = greedy_accuracy(model, tokenizer, parts[part])
+    def measure(model):
+        metrics = {"greedy, unseen names": greedy_accuracy(model, tokenizer, parts["test"])}
+        if parts["wrong"].counted.any():  # without noise there are no wrong facts
+            metrics["greedy, wrong facts"] = greedy_accuracy(model, tokenizer, parts["wrong"])
+        return metrics
+
+    table = measure_models(s, base, out, measure)
     negative = ~positive.numpy()
     planted = parts["planted"]
     if negative.any() and planted.any():
