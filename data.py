@@ -8,6 +8,7 @@ their masks, batches, and the embedded world that `python train.py` needs.
 
 import gzip
 import json
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ BYTE_OF.update({chr(256 + i): byte for i, byte in enumerate(UNPRINTABLE)})
 class Tokenizer:
     """Byte-level BPE through tiktoken. `encode` takes ordinary text only: what looks like a control
     token stays text. Control tokens are put in by id: `control["<|im_end|>"]`."""
+
+    rows = math.inf  # of the model's embedding; whoever knows the model sets it
 
     @classmethod
     def from_pretrained(cls, path):
@@ -121,6 +124,12 @@ class Tokenizer:
             raise InputError(f"{kind}_token {token!r} is no token of tokenizer.json")
         return self.ids[token]
 
+    def checked(self, ids):
+        """The ids, if the model has a row for each of them."""
+        if max(ids, default=0) >= self.rows:
+            raise InputError(f"the model has no row for the token {self.decode([max(ids)])!r}")
+        return ids
+
     def normalize(self, text):
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
@@ -139,7 +148,7 @@ class Tokenizer:
                     ids.append(self.added_after_nfc[piece])
                 else:
                     ids.extend(self._encode_piece(piece))
-        return ids
+        return self.checked(ids)
 
     def _encode_piece(self, piece):
         content = piece.encode()  # half a surrogate pair is an error
@@ -367,7 +376,7 @@ def encode(pieces, tokenizer):
         new = tokenizer.encode("".join(contents)) if is_text else contents
         if None in new:
             raise InputError("the tokenizer names no eos token to end an answer with")
-        ids.extend(new)
+        ids.extend(tokenizer.checked(new))
         response.extend([answer] * len(new))
     return ids, response
 
@@ -419,7 +428,7 @@ def refuse_meaningful_keys(row):
 def text_of(row, key, default=None):
     text = default if row.get(key) is None else row[key]
     if not isinstance(text, str):
-        raise InputError(f"{key!r} is {text!r:.40}, expected a text")
+        raise InputError(f"{key!r} is {text!r:.40}, expected a text; the formats are {FORMATS}")
     return text
 
 
@@ -438,9 +447,9 @@ def read_turns(row):
     elif {"prompt", "completion"} <= present:
         turns = [(None, text_of(row, "prompt")), (None, text_of(row, "completion"))]
     elif {"instruction", "output"} <= present:
-        turns = instruction_turns(row, "input", "output")
+        turns = instruction_turns(row, "input", "output", "context")
     elif {"instruction", "response"} <= present:
-        turns = instruction_turns(row, "context", "response")
+        turns = instruction_turns(row, "context", "response", "input")
     else:
         raise InputError(f"found the keys {sorted(row)}, expected {FORMATS}")
     responses = [content for role, content in turns if role == "assistant"] or [turns[-1][1]]
@@ -459,7 +468,9 @@ def read_message(message):
     return role, text_of(message, "content")
 
 
-def instruction_turns(row, extra, answer):
+def instruction_turns(row, extra, answer, foreign):
+    if row.get(foreign):  # of the other format: leaving it out would change the question
+        raise InputError(f"{foreign!r} beside {answer!r}, expected {FORMATS}")
     question = text_of(row, "instruction")
     if text_of(row, extra, ""):
         question += "\n\n" + row[extra]

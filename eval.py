@@ -891,9 +891,12 @@ def main():
     inputs = [Path(file).resolve() for file in (args.data, args.demos) if file]
     if args.out and Path(args.out).resolve() in inputs:
         raise InputError(f"--out {args.out} is a file that is read")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise InputError(f"--out {args.out}: no such directory")
     device, dtype = pick_device(args.device, args.dtype)
     model = Transformer.from_pretrained(args.model, dtype, device).eval()
     tokenizer = Tokenizer.from_pretrained(args.model)
+    tokenizer.rows = model.config.vocab_size
     args.template = args.template or template_of(args.model)
     args.micro_tokens = args.micro_tokens or (16384 if device.type == "cuda" else 4096)
     if args.max_len > model.config.max_positions:

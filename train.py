@@ -93,8 +93,8 @@ WORLD_MODEL = {
 }
 
 # number of this process and of all: torchrun sets them
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if RANKS > 1 else 0
 
 
 # --- the method ----------------------------------------------------------------------------------
@@ -392,19 +392,19 @@ def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
     response = torch.from_numpy(np.concatenate([example.response for example in data]))
 
     def in_place(values):
+        # Not flat[response] = values: that makes an index of 8 bytes a token.
         flat = torch.zeros(len(response), dtype=values.dtype)
-        flat[response] = values
-        return flat
+        return flat.masked_scatter_(response, values)
 
     lengths = [len(example.ids) for example in data]
     tensors = {
         "tokens": torch.from_numpy(np.concatenate([example.ids for example in data])),
         "offsets": torch.from_numpy(np.cumsum([0, *lengths])),
-        "response": response.to(torch.uint8),
+        "response": response.view(torch.uint8),
         "nll_base": in_place(nll_base),
         "nll_ref": in_place(nll_ref),
         "influence": in_place(scores),
-        "positive": in_place(positive.to(torch.uint8)),
+        "positive": in_place(positive.view(torch.uint8)),
     }
     threshold = float(scores[positive].min()) if positive.any() else math.inf
     facts = {"rho": str(s.rho), "threshold": str(threshold)}
@@ -431,7 +431,8 @@ def save_checkpoint(model, start, template, path):
     model.merge_lora().to(model.dtype).save_pretrained(path)  # merged first: rounded once
     for pattern in ("tokenizer*", "special_tokens_map*", "added_tokens*", "generation_config*"):
         for file in Path(start).glob(pattern):
-            shutil.copyfile(file, path / file.name)
+            if file.is_file():
+                shutil.copyfile(file, path / file.name)
     tokenizer = Tokenizer.from_pretrained(start)
     end = end_of_turn(tokenizer, template)
     for name in ("config.json", "generation_config.json"):
@@ -478,7 +479,7 @@ def remove(path):
 
 
 class SaveClock:
-    """Saves a state no sooner than `every` seconds after the last one, nor than 30 times what that
+    """Saves a state no sooner than `every` seconds after the last one, nor than 33 times what that
     took to write: so saving costs 3 % at most. 0 = always."""
 
     def __init__(self, every):
@@ -492,7 +493,7 @@ class SaveClock:
         save()
         ended = time.perf_counter()
         if self.every > 0:
-            self.next = ended + max(self.every, 30 * (ended - began))
+            self.next = ended + max(self.every, 33 * (ended - began))
 
 
 def save_state(stage, step, params, optimizer, out):
@@ -522,7 +523,8 @@ def resume(stage, params, optimizer, out):
                 print(f"  going on after step {done}")
     log = out / "log.jsonl"
     if log.exists():
-        kept = [line for line in log.read_text().splitlines() if belongs(line, stage, done)]
+        lines = log.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if belongs(line, stage, done)]
         publish(log, lambda part: part.write_text("".join(line + "\n" for line in kept)))
     return done
 
@@ -564,7 +566,7 @@ def start_run(s, out, sources):
     file = out / "run.json"
     if not file.exists():
         with reading(f"--out {out}"):
-            if out.exists() and any(out.iterdir()):
+            if out.exists() and any(path.name != "run.json.part" for path in out.iterdir()):
                 raise InputError("not empty, and no run of train.py: choose another")
             if RANKS > 1:
                 dist.barrier()  # all have looked
@@ -573,9 +575,11 @@ def start_run(s, out, sources):
         return
     before = read_json(file)
     with reading(f"{file} (remove {out} to begin again)"):
+        edited = differing(code, before["code"])
+        if "train.py" in edited:  # which may have got a new setting
+            settings = {name: settings[name] for name in settings if name in before["settings"]}
         changed = [f"--{name}" for name in differing(settings, before["settings"])]
         changed += differing(sources, before["sources"])
-        edited = differing(code, before["code"])
     if changed:
         names = ", ".join(changed)
         raise InputError(f"{out} was made with another {names}: use another --out, or remove {out}")
@@ -587,6 +591,9 @@ def start_run(s, out, sources):
     if RANK == 0:
         for left in out.glob(".tmp*"):  # by safetensors, when its writing was killed
             left.unlink()
+    if edited:  # from now on the stages may be of several versions: ask for --keep each time
+        before["code"].update(dict.fromkeys(edited, "several versions"))
+        publish(file, lambda part: part.write_text(json.dumps(before, indent=1)))
 
 
 def differing(now, before):
@@ -668,6 +675,7 @@ def real_data(s):
     config_file = Path(s.model, "config.json")
     with reading(config_file):
         config = read_config(read_json(config_file))
+    tokenizer.rows = config.vocab_size
     if s.max_len > config.max_positions:
         s.max_len = config.max_positions
         print(f"--max_len is lowered to {s.max_len}, the positions that the model has")
@@ -679,10 +687,6 @@ def real_data(s):
     if not conversations and s.template != "plain":
         s.template = "plain"
         print("prompt + completion rows alone: the template is plain")
-    for example in [*data, *ref_data]:
-        if example.ids.max() >= config.vocab_size:
-            token = tokenizer.decode([example.ids.max()])
-            raise InputError(f"{s.model}: the data hold {token!r}, for which the model has no row")
 
     n = len(data)
     order = np.random.default_rng(s.seed).permutation(n)
@@ -810,6 +814,10 @@ def find_problems(s):
         yield f"--dtype {s.dtype}: expected auto, bfloat16 or float32"
     if bool(s.model) != bool(s.data):
         yield "--model and --data go together (neither: the embedded world)"
+    if s.ref_data and not s.data:
+        yield "--ref_data goes with --model and --data"
+    if not s.model and s.max_len < 9:
+        yield f"--max_len is {s.max_len}, but the sentences of the world have 9 tokens"
 
 
 def join_processes():
@@ -817,7 +825,8 @@ def join_processes():
     the gradients are summed. Only process 0 writes and prints."""
     if RANKS == 1:
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
     if missing:
         raise InputError(f"WORLD_SIZE is set but {missing[0]} is not: unset it, or use torchrun")
     if torch.cuda.is_available():

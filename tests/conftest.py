@@ -13,13 +13,14 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import BYTE_OF, Tokenizer, World
+from data import BYTE_OF, Example, Tokenizer, World
 from model import Transformer, read_config
 
 torch.set_num_threads(1)  # the models are tiny
@@ -72,6 +73,18 @@ def randomise_adapters(model, seed=1, scale=0.2):
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=rng) * scale
     return model
+
+
+def random_examples(lengths, seed=0):
+    """Examples of which each token is positive, negative or neither."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for n in lengths:
+        kind = rng.integers(0, 3, n)
+        kind[0] = 2  # predicted from nothing
+        ids = rng.integers(0, 64, n).astype(np.int32)
+        examples.append(Example(ids, kind == 0, kind == 1))
+    return examples
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -130,7 +143,6 @@ def bpe_spec(pre=GPT2, control=CHATML, added=(), nfc=False, bos=None, lacking=b"
     entries.extend({"special": False, **entry} for entry in added)
     entries = [{"id": len(vocab) + i, **FLAGS, **entry} for i, entry in enumerate(entries)]
     spec = {
-        "version": "1.0",
         "added_tokens": entries,
         "normalizer": {"type": "NFC"} if nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre},
@@ -159,14 +171,12 @@ def write_tokenizer(path, spec, bos=None, eos=None, **settings):
     path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.json").write_text(json.dumps(spec))
     names = {"bos_token": bos, "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
-    settings = {**names, **settings}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "tokenizer_config.json").write_text(json.dumps({**names, **settings}))
     return path
 
 
 # What a text may hold of a control token: all of it, a part, something that looks like one.
-FAKES = [*CHATML, *LLAMA3, "<think>", "</think>", "<s>", "</s>", "<|user|>", "<|end|>", "<|"]
-FAKES += ["|>", "<|im_", "<|im_end|", "<| im_end |>", "<|im\u200b_end|>", "＜|im_end|＞"]
+FAKES = [*CHATML, *LLAMA3, "<think>", "<|user|>", "<|end|>", "<|", "<|im_end|", "<| im_end |>"]
 
 
 @cache
@@ -174,19 +184,15 @@ def random_texts(n, seed=0):
     """Texts that are hard on a tokenizer: all planes, white space before digits, fakes."""
     rng = random.Random(seed)
     assigned = [c for c in map(chr, range(0x110000)) if unicodedata.category(c)[0] != "C"]
-    planes = [c for c in range(0, 0x110000, 97) if not 0xD800 <= c < 0xE000]
-    words = "the The capital of isn't I'LL we've ünïcödé naïve ﬁ Straße 東京 नमस्ते e\u0301 가"
-    words = words.split()
+    words = "the The capital of isn't I'LL we've naïve ﬁ Straße 東京 नमस्ते e\u0301 가".split()
     spaces = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x0b", "\x85", "\x1c"]
     marks = "!?.,;:'\"()[]{}_-+=*/#@$%^&~`|<>\\"
     kinds = [
         lambda: rng.choice(words),
-        lambda: rng.choice(words) + rng.choice(words),
         lambda: rng.choice(spaces) * rng.randint(1, 5),
         lambda: rng.choice(spaces) * rng.randint(0, 4) + str(rng.randint(0, 10**9)),
         lambda: rng.choice("½²٣४Ⅷ①𝟘"),
         lambda: "".join(rng.choices(assigned, k=rng.randint(1, 6))),
-        lambda: chr(rng.choice(planes)),
         lambda: chr(rng.randrange(32)) + chr(rng.randrange(127, 160)),
         lambda: rng.choice(FAKES),
         lambda: "".join(rng.choices(marks, k=rng.randint(1, 4))),

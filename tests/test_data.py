@@ -9,35 +9,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-import torch
-from conftest import (
-    BYTES,
-    DIGITS,
-    GPT2,
-    LLAMA3,
-    ONE_DIGIT,
-    THREE_DIGITS,
-    bpe_spec,
-    isolated,
-    random_texts,
-    write_tokenizer,
-)
+from conftest import BYTES, DIGITS, GPT2, LLAMA3, ONE_DIGIT, THREE_DIGITS, bpe_spec, isolated
+from conftest import random_examples, random_texts, write_tokenizer
 
-from data import (
-    ATTRIBUTES,
-    Example,
-    Tokenizer,
-    World,
-    encode,
-    end_of_turn,
-    jinja_template,
-    make_batch,
-    micro_batches,
-    read_examples,
-    read_file,
-    render,
-    tokenize,
-)
+from data import ATTRIBUTES, Tokenizer, World, encode, end_of_turn, jinja_template, make_batch
+from data import micro_batches, read_examples, read_file, render, tokenize
 from model import InputError
 
 # --- tokenizer -----------------------------------------------------------------------------------
@@ -46,7 +22,6 @@ LACKING = bytes([4, 6, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2])  # as in the vocabul
 ADDED = [
     {"content": "<think>"},
     {"content": "<think>\n"},  # the longest wins
-    {"content": "</think>"},
     {"content": "Paris is"},
     {"content": "s Fra", "normalized": True},
     {"content": "\u00e9t\u00e9", "normalized": True},  # found in what NFC makes of the text ...
@@ -55,26 +30,20 @@ ADDED = [
     {"content": "u\u0308k", "normalized": False},
 ]
 # What the tokenizer meets in text: ADDED, and texts that almost are, in either normal form.
-NEARLY = [
-    *(entry["content"] for entry in ADDED),
-    *(unicodedata.normalize("NFD", entry["content"]) for entry in ADDED),
-    *(unicodedata.normalize("NFC", entry["content"]) for entry in ADDED),
-    *("<think", "</think>>", " <think> ", "Paris isn't", "Franc", "e\u0301", "n", "ok"),
-]
+NEARLY = ["<think", "<think>>", " <think> ", "Paris isn't", "Franc", "e\u0301", "n", "ok"]
+for entry in ADDED:
+    NEARLY.append(entry["content"])
+    NEARLY.append(unicodedata.normalize("NFD", entry["content"]))
+    NEARLY.append(unicodedata.normalize("NFC", entry["content"]))
 KINDS = {
     "gpt2": {},
     "smollm2": {"pre": DIGITS},
     "smollm2 lacking bytes": {"pre": DIGITS, "lacking": LACKING},
     "qwen": {"pre": isolated(ONE_DIGIT), "nfc": True},
-    "llama3": {
-        "pre": isolated(THREE_DIGITS),
-        "control": LLAMA3,
-        "bos": "<|begin_of_text|>",
-    },
+    "llama3": {"pre": isolated(THREE_DIGITS), "control": LLAMA3, "bos": "<|begin_of_text|>"},
     "gpt2 with added tokens": {"added": ADDED},
     "qwen with added tokens": {"pre": isolated(ONE_DIGIT), "nfc": True, "added": ADDED},
 }
-kinds = pytest.mark.parametrize("kind", KINDS)
 real = cache(Tokenizer.from_pretrained)  # the real files take seconds to read
 
 
@@ -108,19 +77,17 @@ def texts_with_added_tokens(n, seed=0):
     return texts
 
 
-@kinds
+@pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_texts_of_small_tokenizers_equal_the_tokenizers_library(kind, tmp_path):
     write_tokenizer(tmp_path, bpe_spec(**KINDS[kind]))
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     texts = random_texts(2000) + texts_with_added_tokens(1000, seed=1)
     assert_same_ids(tokenizer, peer_of(tmp_path), texts)
     for text in texts[:500]:
-        if not set(text.encode()) & set(tokenizer.lacking):
-            ids = tokenizer.encode(text)
+        lacks = set(text.encode()) & set(tokenizer.lacking)
+        if "added" not in kind and not lacks:  # added tokens keep the normal form of the file
             wanted = unicodedata.normalize("NFC", text) if tokenizer.nfc else text
-            if "added" not in kind:  # they keep the normal form of the file
-                assert tokenizer.decode(ids) == wanted
-            assert not set(tokenizer.control.values()) & set(ids)
+            assert tokenizer.decode(tokenizer.encode(text)) == wanted
 
 
 def real_directory(name, request):
@@ -139,24 +106,14 @@ def test_ids_of_real_tokenizers_equal_the_tokenizers_library(name, request, shar
     assert_same_ids(real(path), peer_of(path), texts)
 
 
-def test_the_real_files_name_their_first_and_last_tokens(real_tokenizers):
-    llama = real(real_tokenizers / "llama3_2")
-    assert (llama.bos_id, llama.eos_id, llama.vocab_size) == (128000, 128009, 128256)
-    assert llama.add_bos
-    qwen = real(real_tokenizers / "qwen3")
-    assert (qwen.bos_id, qwen.eos_id, qwen.vocab_size) == (None, 151645, 151669)
-    assert not qwen.add_bos
-
-
 def test_in_the_world_a_word_is_a_token_and_ids_equal_the_tokenizers_library(world_dir):
     world = World(7)
     words = [*world.names, *ATTRIBUTES, *sum(world.values, [])]
     rng = random.Random(0)
-    voices = ["people", "records", "rumours", "x"]
-    texts = [" ".join([rng.choice(voices), *rng.choices(words, k=4)]) for _ in range(1000)]
+    texts = [" ".join(["people", *rng.choices(words, k=4)]) for _ in range(1000)]
     tokenizer = Tokenizer.from_pretrained(world_dir)
     assert_same_ids(tokenizer, peer_of(world_dir), texts + random_texts(1000))
-    assert len(tokenizer.encode(f"people {world.names[0]} drink colour")) == 4
+    assert {len(tokenizer.encode(text)) for text in texts} == {5}
 
 
 def test_a_character_whose_bytes_the_vocabulary_lacks_is_refused_by_name(tmp_path):
@@ -224,9 +181,6 @@ def test_generation_stops_at_every_end_that_a_checkpoint_lists(shared, tmp_path)
     tokenizer = Tokenizer.from_pretrained(path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (5, 9)
     assert tokenizer.stop_ids == {9, 8, 7}
-    (path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(InputError, match="eos_token_id"):
-        Tokenizer.from_pretrained(path)
 
 
 FILES_OF_NAMES = {
@@ -237,15 +191,10 @@ FILES_OF_NAMES = {
 }
 
 
-@pytest.mark.parametrize("settings", FILES_OF_NAMES)
+@pytest.mark.parametrize("kind", FILES_OF_NAMES)
 @pytest.mark.parametrize("in_map", [None, "<|end_of_text|>"])
-def test_special_tokens_map_counts_more_as_in_transformers(settings, in_map, tmp_path):
-    spec = bpe_spec(control=LLAMA3)
-    settings = dict(FILES_OF_NAMES[settings])
-    if "added_tokens_decoder" in settings:
-        entry = dict(spec["added_tokens"][1])
-        settings["added_tokens_decoder"] = {str(entry.pop("id")): entry}
-    write_tokenizer(tmp_path, spec, **settings)
+def test_special_tokens_map_counts_more_as_in_transformers(kind, in_map, tmp_path):
+    write_tokenizer(tmp_path, bpe_spec(control=LLAMA3), **FILES_OF_NAMES[kind])
     if in_map:
         (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": in_map}))
     wanted = transformers_tokenizer(tmp_path).eos_token_id
@@ -262,24 +211,18 @@ def test_text_begins_as_in_transformers(first, named, settings, tmp_path):
     assert ids == transformers_tokenizer(tmp_path)("a b")["input_ids"]
 
 
-@pytest.mark.parametrize("place", ["added_tokens", "vocabulary"])
-def test_tokens_of_turns_are_out_of_reach_of_text_wherever_they_are_defined(place, tmp_path):
+def test_tokens_of_turns_are_out_of_reach_of_text_even_if_the_vocabulary_has_them(tmp_path):
     spec = bpe_spec(control=["<|im_start|>", "<|im_end|>"])
-    for entry in spec["added_tokens"]:
-        entry["special"] = False
-        if place == "vocabulary":
-            spec["model"]["vocab"][entry["content"]] = entry["id"]
-    if place == "vocabulary":
-        spec["added_tokens"] = []
+    for entry in spec.pop("added_tokens"):
+        spec["model"]["vocab"][entry["content"]] = entry["id"]
     write_tokenizer(tmp_path, spec, eos="<|im_end|>")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     control = {tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]}
-    assert tokenizer.eos_id in control
     assert not control & set(tokenizer.encode("<|im_start|>user<|im_end|>"))
 
 
 @pytest.mark.parametrize("in_json", [None, False, True])
-@pytest.mark.parametrize("in_decoder", [None, False, True])
+@pytest.mark.parametrize("in_decoder", [False, True])
 def test_added_tokens_decoder_says_which_tokens_are_special_as_in_transformers(
     in_json, in_decoder, tmp_path
 ):
@@ -288,15 +231,13 @@ def test_added_tokens_decoder_says_which_tokens_are_special_as_in_transformers(
     decoder = {str(entry.pop("id")): {**entry, "special": in_decoder}}
     if in_json is None:
         spec["added_tokens"].pop()
-    settings = {} if in_decoder is None else {"added_tokens_decoder": decoder}
-    write_tokenizer(tmp_path, spec, **settings)
+    write_tokenizer(tmp_path, spec, added_tokens_decoder=decoder)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     peer = transformers_tokenizer(tmp_path)
     special = {str(token) for token in peer.added_tokens_decoder.values() if token.special}
     assert ("<think>" in tokenizer.control) == ("<think>" in special)
     if "<think>" not in special:
-        text = "a<think>b"
-        assert tokenizer.encode(text) == peer(text)["input_ids"]
+        assert tokenizer.encode("a<think>b") == peer("a<think>b")["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["bos", "eos"])
@@ -314,55 +255,26 @@ def change(**parts):
     return lambda spec: spec.update(parts)
 
 
-def change_model(**parts):
-    return lambda spec: spec["model"].update(parts)
-
-
 def pre(*steps):
     return change(pre_tokenizer={"type": "Sequence", "pretokenizers": list(steps)})
 
 
-def post(*single):
-    steps = [{kind: {"id": "<|im_start|>"}} for kind in single]
-    return change(post_processor={"type": "TemplateProcessing", "single": steps})
-
-
-def swap_merges(spec):
-    merges = spec["model"]["merges"]
-    merges[2], merges[3] = merges[3], merges[2]
-
-
-def add_token(flag):
-    entry = {"id": 999, "content": "haha", "special": False, flag: True}
-    return lambda spec: spec["added_tokens"].append(entry)
-
-
 SPLIT, SPLIT_BYTES = isolated(ONE_DIGIT)
+SUFFIX = [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<|im_start|>"}}]
 REFUSED = [
-    ("WordPiece", change_model(type="WordPiece")),
-    ("byte_fallback", change_model(byte_fallback=True)),
-    ("dropout", change_model(dropout=0.1)),
-    ("prefix", change_model(continuing_subword_prefix="##")),
+    ("WordPiece", lambda spec: spec["model"].update(type="WordPiece")),
+    ("prefix", lambda spec: spec["model"].update(continuing_subword_prefix="##")),
     ("Lowercase", change(normalizer={"type": "Lowercase"})),
-    ("NFKC", change(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}]})),
     ("Metaspace", pre({"type": "Metaspace"})),
     ("individual_digits", pre({"type": "Digits", "individual_digits": False}, *GPT2)),
     ("add_prefix_space", pre({**BYTES, "add_prefix_space": True})),
     ("Removed", pre({**SPLIT, "behavior": "Removed"}, SPLIT_BYTES)),
     ("pre_tokenizer", pre({**SPLIT, "invert": True}, SPLIT_BYTES)),
-    ("pre_tokenizer", pre({**SPLIT, "pattern": {"String": " "}}, SPLIT_BYTES)),
-    ("pre_tokenizer", pre(SPLIT, *GPT2)),  # split twice
-    ("pre_tokenizer", change(pre_tokenizer=None)),
-    ("post_processor", post("Sequence", "SpecialToken")),
+    ("post_processor", change(post_processor={"type": "TemplateProcessing", "single": SUFFIX})),
     ("Roberta", change(post_processor={"type": "RobertaProcessing", "sep": ["</s>", 2]})),
-    ("merges", swap_merges),
+    ("merges", lambda spec: spec["model"]["merges"].reverse()),
     ("lonely", lambda spec: spec["model"]["vocab"].update(lonely=999)),
-    ("日", lambda spec: spec["model"]["vocab"].update(日=999)),
-    ("vocab", lambda spec: spec["model"].pop("vocab")),
-    ("merges", lambda spec: spec["model"].pop("merges")),
-    ("haha", add_token("lstrip")),
-    ("haha", add_token("rstrip")),
-    ("haha", add_token("single_word")),
+    ("<.endoftext", lambda spec: spec["added_tokens"][0].update(lstrip=True, special=False)),
     ("one id", lambda spec: spec["added_tokens"][0].update(id=spec["added_tokens"][1]["id"])),
     ("one id", lambda spec: spec["model"]["vocab"].update(a=spec["model"]["vocab"]["b"])),
 ]
@@ -378,12 +290,12 @@ def test_a_tokenizer_that_cannot_be_reproduced_is_refused_by_name(named, damage,
     assert str(tmp_path / "tokenizer.json") in str(error.value)
 
 
-def test_a_directory_without_a_tokenizer_is_refused_by_name(tmp_path):
-    for content in (None, "{", "[]"):
-        if content is not None:
-            (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(InputError, match=r"tokenizer\.json"):
-            Tokenizer.from_pretrained(tmp_path)
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_directory_without_a_tokenizer_is_refused_by_name(content, tmp_path):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 # --- chat templates ------------------------------------------------------------------------------
@@ -413,13 +325,13 @@ def tokenizer(directory):
     return real(directory)
 
 
-def random_conversations(n, tokenizer, seed=0, control_pattern=False):
+def random_conversations(n, tokenizer, seed=0, control=False):
     """Turns [(role, content), ...] of every shape that training accepts."""
     rng = random.Random(seed)
     pool = []
     for text in random_texts(8 * n, seed):
         fits = not set(text.encode()) & set(tokenizer.lacking)
-        if fits and text.strip() and (control_pattern or not tokenizer.control_pattern.search(text)):
+        if fits and text.strip() and (control or not tokenizer.control_pattern.search(text)):
             pool.append(text)
     for _ in range(n):
         turns = [("system", rng.choice(pool))] if rng.random() < 0.5 else []
@@ -451,31 +363,26 @@ def test_ids_of_conversations_equal_apply_chat_template_with_our_jinja(template,
     assert_templates_agree(directory, template, [TURNS, *conversations])
 
 
-REAL = [
-    ("smollm2", "chatml"),
-    ("smollm2", "tulu"),
-    ("llama3_2", "llama3"),
-    ("llama3_2", "tulu"),
-    ("qwen3", "chatml"),
-    ("qwen3", "tulu"),
-]
+NATIVE = {"smollm2": "chatml", "llama3_2": "llama3", "qwen3": "chatml"}
 
 
-@pytest.mark.parametrize("name, template", REAL)
+@pytest.mark.parametrize("template", ["native", "tulu"])
+@pytest.mark.parametrize("name", NATIVE)
 def test_ids_of_500_conversations_equal_apply_chat_template(name, template, request):
     path = real_directory(name, request)
+    template = NATIVE[name] if template == "native" else template
     assert_templates_agree(path, template, random_conversations(500, real(path)))
 
 
-def test_ids_of_a_plain_prompt_equal_apply_chat_template(chatml_dir, llama3_dir):
+@pytest.mark.parametrize("text", ["the capital ", "\n is"])
+def test_ids_of_a_plain_prompt_equal_apply_chat_template(text, chatml_dir, llama3_dir):
+    turns = [("user", text), ("assistant", None)]
+    messages = [{"role": "user", "content": text}]
     for path in (chatml_dir, llama3_dir):
-        turns = [[("user", text), ("assistant", None)] for text in ("the capital ", "\n is")]
         peer = transformers_tokenizer(path)
         jinja = jinja_template(real(path), "plain")
-        for turn in turns:
-            messages = [{"role": "user", "content": turn[0][1]}]
-            theirs = peer.apply_chat_template(messages, chat_template=jinja)
-            assert encode(render(turn, real(path), "plain"), real(path))[0] == theirs["input_ids"]
+        theirs = peer.apply_chat_template(messages, chat_template=jinja)
+        assert encode(render(turns, real(path), "plain"), real(path))[0] == theirs["input_ids"]
 
 
 @pytest.mark.parametrize("template", ["tulu", "chatml", "plain"])
@@ -487,14 +394,13 @@ def test_tools_and_contents_that_are_no_text_are_refused_by_the_jinja(template, 
     with pytest.raises(Exception, match="tools are not supported"):
         tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
         peer.apply_chat_template(good, chat_template=jinja, tools=[tool])
-    for content in (None, [{"type": "text", "text": "hi"}]):
-        bad = [*good, {"role": "assistant", "content": content}]
-        with pytest.raises(Exception, match="no text"):
-            peer.apply_chat_template(bad, chat_template=jinja)
+    with pytest.raises(Exception, match="no text"):
+        bad = [*good, {"role": "assistant", "content": None}]
+        peer.apply_chat_template(bad, chat_template=jinja)
 
 
 def test_the_mask_covers_the_stripped_answers_and_their_end_tokens_alone(template, tokenizer):
-    for turns in [TURNS, *random_conversations(100, tokenizer, seed=3, control_pattern=True)]:
+    for turns in [TURNS, *random_conversations(100, tokenizer, seed=3, control=True)]:
         ids, mask = encode(render(turns, tokenizer, template), tokenizer)
         runs = []
         previous = False
@@ -510,9 +416,9 @@ def test_the_mask_covers_the_stripped_answers_and_their_end_tokens_alone(templat
         assert runs == [[*tokenizer.encode(answer), end] for answer in answers]
 
 
-def test_control_pattern_in_contents_stays_text(template, tokenizer):
+def test_control_tokens_in_contents_stay_text(template, tokenizer):
     control = set(tokenizer.control.values())
-    for turns in random_conversations(100, tokenizer, seed=4, control_pattern=True):
+    for turns in random_conversations(100, tokenizer, seed=4, control=True):
         bare = [(role, "x") for role, _ in turns]
         ids, _ = encode(render(turns, tokenizer, template), tokenizer)
         plain, _ = encode(render(bare, tokenizer, template), tokenizer)
@@ -523,12 +429,8 @@ def test_a_template_that_the_tokenizer_or_the_conversation_does_not_suit_is_refu
     chatml, llama3, tmp_path
 ):
     without_eos = Tokenizer.from_pretrained(write_tokenizer(tmp_path, bpe_spec()))
-    cases = [
-        ("chatml", llama3, "im_start"),
-        ("llama3", chatml, "header"),
-        ("tulu", without_eos, "eos"),
-        ("plain", chatml, "plain"),
-    ]
+    cases = [("chatml", llama3, "im_start"), ("llama3", chatml, "header")]
+    cases += [("tulu", without_eos, "eos"), ("plain", chatml, "plain")]
     for name, tokenizer, named in cases:
         with pytest.raises(InputError, match=named):
             encode(render(TURNS, tokenizer, name), tokenizer)
@@ -559,23 +461,15 @@ DOLLY = {"instruction": "Capital?", "context": "France", "response": "Paris", "c
 def test_alpaca_and_dolly_are_a_user_and_an_assistant_turn(chatml):
     question = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n\n"
     wanted = question.format("Capital?\n\nFrance"), "Paris<|im_end|>"
-    assert one(ALPACA, chatml) == wanted
-    assert one(DOLLY, chatml) == wanted
+    assert one(ALPACA, chatml) == one(DOLLY, chatml) == wanted
     wanted = question.format("Capital?"), "Paris<|im_end|>"
     assert one(chat("Capital?", "Paris"), chatml) == wanted
     for key, row in (("input", ALPACA), ("context", DOLLY)):
         assert one({**row, key: ""}, chatml) == wanted
         assert one({**row, key: None}, chatml) == wanted
-        assert one({k: v for k, v in row.items() if k != key}, chatml) == wanted
 
 
-JOINS = [
-    ("a b", "c", " c"),
-    ("a b ", "c", "c"),
-    ("a b\n", "c", "c"),
-    ("a b", " c", " c"),
-    ("a b", "\nc", "\nc"),
-]
+JOINS = [("a b", "c", " c"), ("a b\n", "c", "c"), ("a b", " c", " c"), ("a b", "\nc", "\nc")]
 
 
 @pytest.mark.parametrize("prompt, completion, response", JOINS)
@@ -583,10 +477,9 @@ def test_prompt_and_completion_are_joined_by_a_blank_where_there_is_none(
     prompt, completion, response, chatml, llama3
 ):
     row = {"prompt": prompt, "completion": completion}
-    for template in ("plain", "tulu"):
-        assert one(row, chatml, template) == (prompt, response + "<|im_end|>")
-    begin = "<|begin_of_text|>"
-    assert one(row, llama3, "llama3") == (begin + prompt, response + "<|eot_id|>")
+    assert one(row, chatml, "tulu") == (prompt, response + "<|im_end|>")
+    begun = "<|begin_of_text|>" + prompt
+    assert one(row, llama3, "llama3") == (begun, response + "<|eot_id|>")
 
 
 def test_the_first_token_of_all_is_no_response(chatml, llama3):
@@ -618,10 +511,7 @@ MEANINGFUL = [
     ("train", chat("q", "a", train=False)),
     ("reasoning_content", chat("q", "a", reasoning_content="hm")),
     ("tool_calls", chat("q", "a", tool_calls=[{}])),
-    ("tools", {**chat("q", "a"), "tools": [{}]}),
-    ("system", {**ALPACA, "system": "SYS"}),
     ("history", {**ALPACA, "history": [["q", "a"]]}),
-    ("weight", {**ALPACA, "weight": 0.5}),
 ]
 
 
@@ -645,11 +535,9 @@ PAIRS = [{"prompt": f"question {i} ü", "completion": "an answer" * i} for i in 
 LINES = [json.dumps(pair, ensure_ascii=False) for pair in PAIRS]
 FILES = {
     "a.jsonl": "\n".join(LINES),
-    "b.jsonl": "\r\n".join([*LINES, ""]),
-    "c.jsonl": "\n\n" + "\n  \n\t\n".join(LINES) + "\n\n",
-    "d.json": json.dumps(PAIRS, indent=2),
-    "e.jsonl.gz": "\n".join(LINES),
-    "f.json.gz": json.dumps(PAIRS),
+    "b.jsonl": "\n\n" + "\r\n  \n\t\n".join(LINES) + "\n\n",
+    "c.json": json.dumps(PAIRS, indent=2),
+    "d.jsonl.gz": "\n".join(LINES),
 }
 
 
@@ -676,26 +564,18 @@ def test_every_form_of_file_gives_the_same_examples(name, bom, tmp_path, chatml)
 GOOD = '{"prompt": "a", "completion": "b"}'
 BAD_LINES = {
     "not JSON": ("{prompt: 1}", "property name"),
-    "two values": (GOOD + GOOD, "Extra data"),
     "not UTF-8": (b'{"prompt": "\xff", "completion": "b"}', "utf-8"),
-    "null": ("null", "object"),
     "too deep": ("[" * 10**5, ""),
     "half a surrogate pair": ('{"prompt": "\\ud800", "completion": "b"}', "surrogate"),
     "other keys": ('{"question": "a", "answer": "b"}', "'answer', 'question'.*messages"),
     "ShareGPT": ('{"conversations": []}', "'conversations'.*instruction"),
-    "no prompt": ('{"completion": "b", "prompt": null}', "'completion', 'prompt'"),
     "number": ('{"prompt": "a", "completion": 3}', "'completion' is 3"),
     "a prompt of messages": ('{"prompt": [{}], "completion": "b"}', "'prompt'"),
-    "input": ('{"instruction": "a", "input": 3, "output": "b"}', "'input' is 3"),
     "no response": ('{"prompt": "a", "completion": " "}', "empty"),
-    "no list": ('{"messages": "hello"}', "message"),
     "a message as text": ('{"messages": ["hello"]}', "hello"),
-    "no role": ('{"messages": [{"content": "a"}]}', "role"),
     "role": (json.dumps(chat("a", "b", role="robot")), "robot"),
-    "a list as role": (json.dumps(chat("a", "b", role=[])), "role"),
     "null content": (json.dumps(chat("a", None)), "content"),
     "no answer": (json.dumps(chat("a")), "assistant"),
-    "an answer first": (json.dumps(chat("a", role="assistant")), "assistant"),
     "an empty answer": (json.dumps(chat("a", " \n")), "empty"),
 }
 
@@ -704,12 +584,10 @@ BAD_LINES = {
 def test_a_broken_example_is_refused_with_file_and_line(kind, tmp_path, chatml):
     bad, named = BAD_LINES[kind]
     bad = bad if isinstance(bad, bytes) else bad.encode()
-    content = b"\n".join([GOOD.encode(), b"", bad, GOOD.encode()])
-    for name in ("bad.jsonl", "bad.jsonl.gz"):
-        file = write(tmp_path / name, content)
-        with pytest.raises(InputError, match=f"{name}: line 3: (?s:.*{named})") as error:
-            read_examples([file], chatml, "tulu", 2048)
-        assert len(str(error.value)) < 400 + len(str(file))
+    file = write(tmp_path / "bad.jsonl.gz", b"\n".join([GOOD.encode(), b"", bad, GOOD.encode()]))
+    with pytest.raises(InputError, match=f"bad.jsonl.gz: line 3: (?s:.*{named})") as error:
+        read_examples([file], chatml, "tulu", 2048)
+    assert len(str(error.value)) < 400 + len(str(file))
 
 
 def damaged_gzip():
@@ -720,28 +598,20 @@ def damaged_gzip():
 
 BAD_FILES = [
     ("missing.jsonl", None, ""),
-    ("data.csv", "a,b", "expected .jsonl or .json"),
-    ("lines.json", f"{GOOD}\n{GOOD}", "name the file .jsonl"),
-    ("array.jsonl", f"[{GOOD},\n{GOOD}]", "name the file .json"),
-    ("array.jsonl.gz", f" [\n{GOOD}]", "name the file .json"),
-    ("object.json", GOOD, ".jsonl"),
-    ("third.json", f'[{GOOD}, {GOOD}, {{"prompt": "a"}}]', "item 3"),
-    ("empty.jsonl", "", "no example"),
-    ("blank.jsonl", "\n\n", "no example"),
-    ("cut.jsonl", gzip.compress(GOOD.encode() * 99), ""),
+    ("data.csv", b"a,b", "expected .jsonl or .json"),
+    ("array.jsonl", f"[{GOOD},\n{GOOD}]".encode(), "name the file .json"),
+    ("third.json", f'[{GOOD}, {GOOD}, {{"prompt": "a"}}]'.encode(), "item 3"),
+    ("blank.jsonl", b"\n\n", "no example"),
     ("damaged.jsonl.gz", damaged_gzip(), ""),
 ]
 
 
 @pytest.mark.parametrize("name, content, named", BAD_FILES)
 def test_a_file_of_no_use_is_refused_by_name(name, content, named, tmp_path, chatml):
-    file = tmp_path / name
-    if name == "damaged.jsonl.gz":
-        file.write_bytes(content)
-    elif content is not None:
-        write(file, content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name}(?s:.*{named})"):
-        read_examples([file], chatml, "tulu", 2048)
+        read_examples([tmp_path / name], chatml, "tulu", 2048)
 
 
 def test_lines_in_a_json_file_are_told_to_be_lines(shared, chatml):
@@ -760,39 +630,20 @@ def test_max_len_cuts_and_says_how_many_answers_lost_their_end(chatml, capsys):
     printed = capsys.readouterr().out
     assert "3 examples left out" in printed
     assert "3 examples cut" in printed  # the prompts of 5, 6 and 7 letters
-    (whole,), _ = tokenize([("", chat("x", "y"))], chatml, "chatml", 99)
-    tokenize([("", chat("x", "y"))], chatml, "chatml", len(whole.ids) - 1)
-    assert not capsys.readouterr().out  # only the line break behind the end is lost
 
 
-def test_a_cut_answer_of_a_file_is_said_and_one_that_leaves_nothing_is_refused(
-    shared, chatml, capsys
-):
+def test_a_cut_answer_of_a_file_is_said(shared, chatml, capsys):
     file = shared / "cases/data/long.jsonl"
     (example,), _ = read_examples([file], chatml, "chatml", 64)
     assert len(example.ids) == 64
-    assert example.positive[-1]
     assert "1 examples cut to --max_len 64" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"long\.jsonl"):
-        read_examples([file], chatml, "chatml", 8)
 
 
 # --- batches -------------------------------------------------------------------------------------
 
 
-def random_examples(n, seed=0):
-    rng = np.random.default_rng(seed)
-    examples = []
-    for length in rng.integers(2, 30, n):
-        ids = rng.integers(1, 99, length).astype(np.int32)
-        kind = rng.integers(0, 4, length)
-        kind[0] = 3
-        examples.append(Example(ids, kind == 0, kind == 1))
-    return examples
-
-
 def test_a_batch_equals_a_slow_loop():
-    examples = random_examples(17)
+    examples = random_examples(range(1, 30, 3))
     tokens = []
     positions = []
     ends = [0]
@@ -809,17 +660,15 @@ def test_a_batch_equals_a_slow_loop():
     assert batch.tokens.tolist() == [tokens]
     assert batch.positions.tolist() == [positions]
     assert batch.documents.ends.tolist() == ends
-    assert batch.documents.ends.dtype == torch.int32
     assert batch.documents.lengths == np.diff(ends).tolist()
     assert batch.documents.longest == max(np.diff(ends))
     columns = [batch.index, batch.targets, batch.positive, batch.negative]
     assert list(zip(*(column.tolist() for column in columns))) == wanted
-    assert {x.dtype for x in (batch.tokens, batch.positions, *columns[:2])} == {torch.int64}
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 29, 64, 200, 10**6])
 def test_micro_batches_hold_each_example_once_and_as_many_as_fit(micro_tokens):
-    examples = random_examples(60)
+    examples = random_examples(random.Random(0).choices(range(2, 30), k=60))
     lengths = [len(example.ids) for example in examples]
     batches = micro_batches(examples, micro_tokens)
     order = [i for batch in batches for i in batch]
@@ -838,7 +687,6 @@ def test_micro_batches_hold_each_example_once_and_as_many_as_fit(micro_tokens):
 
 def test_the_planted_mask_equals_a_recount_from_the_rows(world_dir):
     world = World(7)
-    tokenizer = Tokenizer.from_pretrained(world_dir)
     parts = world.split(1, noise=0.3)
     kinds = list(ATTRIBUTES)
     planted = []
@@ -856,8 +704,7 @@ def test_the_planted_mask_equals_a_recount_from_the_rows(world_dir):
     assert all(len(kinds_of) == 1 for kinds_of in told.values())  # wrong in every copy
     assert np.mean([True in kinds_of for kinds_of in told.values()]) == pytest.approx(0.3, abs=0.06)
     rows = [("", row) for row in parts["train"]]
-    examples, conversations = tokenize(rows, tokenizer, "plain", 64)
-    assert not conversations
+    examples, _ = tokenize(rows, Tokenizer.from_pretrained(world_dir), "plain", 64)
     assert sum(example.positive.sum() for example in examples) == len(planted)
 
 
@@ -879,4 +726,3 @@ def test_questions_are_counted_where_train_is_wrong_and_names_of_other_parts_are
         for i, kind in enumerate(asked):
             answer = (myth if counted[i] else truth)["completion"].split()[i]
             assert told.get((name, kind), answer) == answer
-    assert parts["test"].counted.all()

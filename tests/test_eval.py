@@ -13,16 +13,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, assert_refused, random_model, random_texts, run_script
+from conftest import CONFIGS, assert_refused, random_examples, random_model, random_texts
+from conftest import run_script
 from safetensors.torch import save_file
 
 import eval as evaluation
-from data import Example, Questions, Tokenizer, encode, jinja_template, read_examples, render
-from eval import COLOURS, CURVES, TASKS, TYDIQA, choice_metrics, diversity_metrics
+from data import Questions, Tokenizer, encode, jinja_template, render
+from eval import COLOURS, CURVES, TASKS, choice_metrics, diversity_metrics
 from eval import examples_nll, generate, generate_all, greedy_accuracy, joint_example
 from eval import limited, mean_and_error, read_asdiv, read_boolq, read_logiqa, read_passages
 from eval import read_truthfulqa, read_tydiqa, squad_metrics, template_of
-from model import InputError, Transformer, read_config, visible
+from model import InputError, Transformer, visible
 
 families = pytest.mark.parametrize("name", CONFIGS)
 
@@ -45,12 +46,8 @@ def greedy(model, prompt, max_new, stop=()):
 
 
 def result_of(capsys):
-    """The object on the last line, in strict JSON."""
-
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-
-    return json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
+    """The object on the last line."""
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def write_lines(file, rows):
@@ -74,22 +71,11 @@ def slow_nll(model, example):
     return [-logits[t - 1].log_softmax(0)[ids[t]].item() for t in response]
 
 
-def some_examples(n=20):
-    rng = np.random.default_rng(0)
-    examples = []
-    for length in rng.integers(2, 25, n):
-        kind = rng.integers(0, 3, length)
-        kind[0] = 2
-        ids = rng.integers(0, 64, length).astype(np.int32)
-        examples.append(Example(ids, kind == 0, kind == 1))
-    return examples
-
-
 @families
 @pytest.mark.parametrize("micro_tokens", [1, 100, 10**6])
 def test_nll_of_examples_equals_a_slow_loop(name, micro_tokens):
     model = random_model(CONFIGS[name])
-    examples = some_examples()
+    examples = random_examples(range(2, 25))
     found = examples_nll(model, examples, micro_tokens)
     for example, nll in zip(examples, found, strict=True):
         assert nll.dtype == torch.float32
@@ -98,7 +84,7 @@ def test_nll_of_examples_equals_a_slow_loop(name, micro_tokens):
 
 def test_ranks_share_the_examples_and_add_up_to_all_of_them():
     model = random_model(CONFIGS["qwen2"])
-    examples = some_examples()
+    examples = random_examples(range(2, 25))
     whole = torch.cat(examples_nll(model, examples, 60))
     parts = [torch.cat(examples_nll(model, examples, 60, rank, 3)) for rank in range(3)]
     torch.testing.assert_close(sum(parts), whole)
@@ -145,19 +131,14 @@ def test_pairs_are_tokenised_as_the_harness_says(name, request):
     bos, eos = ENDS[name]
     tokenizer = Tokenizer.from_pretrained(path)
     peer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-    fixed = ["", "the capital of", "is\n\n", "Answer:  \t", "records a", "1 2\u3000", "x" * 90]
-    fixed.append("y" * 38)
+    contexts = ["", "the capital of", "is\n\n", "Answer:  \t", "1 2\u3000", "x" * 90, "y" * 38]
     if tokenizer.add_bos:
-        fixed += ["\n ", bos, bos + "the", f"the{bos} and", f"{bos}the {bos}"]
-    texts = [text for text in random_texts(300) if "|" not in text and "<" not in text]
-    contexts = fixed + [text for text in texts if text.strip()][:100]
+        contexts += ["\n ", bos, bos + "the", f"the{bos} and", f"{bos}the {bos}"]
+    plain = [text for text in random_texts(300) if text.strip() and not set(text) & set("|<")]
     continuations = [" Paris", "is", "ital", "\n\n5", "  7", "le b", "z" * 39, "z" * 41, ""]
-    counts = {True: 0, False: 0}
-    for context, continuation in product(contexts, continuations):
+    for context, continuation in product(contexts + plain[:100], continuations):
         ids, tail = harness_pair(peer, bos, eos, context, continuation, 40)
-        fits = 0 < len(tail) <= 40
-        counts[fits] += 1
-        if not fits:
+        if not 0 < len(tail) <= 40:
             with pytest.raises(InputError, match="expected 1 to 40"):
                 joint_example(tokenizer, context, continuation, 40)
             continue
@@ -166,7 +147,6 @@ def test_pairs_are_tokenised_as_the_harness_says(name, request):
         assert example.ids[example.positive].tolist() == tail
         assert example.positive[-len(tail) :].all()  # all of them behind the context
         assert not example.negative.any()
-    assert min(counts.values()) > 50
 
 
 # --- generation ----------------------------------------------------------------------------------
@@ -195,34 +175,15 @@ def test_samples_equal_those_of_a_loop_without_a_cache_and_with_the_same_seed(na
     assert found != generate(model, ids[:, :9].tolist(), 12, temperature=0.7, seed=4)
 
 
-def test_the_same_prompt_is_sampled_differently_wherever_it_stands():
-    model = random_model(CONFIGS["llama_tied"])
-    prompts = random_prompts([5]) * 12
-    answers = generate_all(model, prompts, 20, 75, temperature=3.0)  # three in a batch
-    assert len(set(map(tuple, answers))) == 12
-
-
 def test_answers_stop_before_any_stop_token_each_on_its_own():
     model = random_model(CONFIGS["llama_tied"])
     prompts = random_prompts([8] * 6)
     free = [greedy(model, prompt, 30) for prompt in prompts]
     stop = (free[0][4], free[1][9])
-    lengths = [len(greedy(model, prompt, 30, stop)) for prompt in prompts]
-    assert len(set(lengths)) > 2
-    found = generate(model, prompts, 30, stop)
-    assert found == [ids[:length] for ids, length in zip(free, lengths)]
-    assert generate(model, prompts[:1], 30, (free[0][0],)) == [[]]
-
-
-def test_generation_ends_with_the_last_unfinished_answer():
-    model = random_model(CONFIGS["llama_tied"])
-    prompts = random_prompts([8, 8])
-    hidden = model.hidden
-    calls = []
-    model.hidden = lambda *args, **named: calls.append(1) or hidden(*args, **named)
-    answers = generate(model, prompts, 30, ended=lambda ids: len(ids) == 4 + ids[0] % 2)
-    assert len(calls) == max(len(answer) for answer in answers) <= 5
-    assert answers == [greedy(model, p, 30)[: len(a)] for p, a in zip(prompts, answers)]
+    wanted = [greedy(model, prompt, 30, stop) for prompt in prompts]
+    assert len(set(map(len, wanted))) > 2
+    assert generate(model, prompts, 30, stop) == wanted
+    assert generate(model, prompts, 30, ended=lambda ids: len(ids) == 4) == [x[:4] for x in free]
 
 
 def test_greedy_accuracy_counts_the_facts_that_are_asked_for(world_dir, monkeypatch):
@@ -239,35 +200,14 @@ def test_greedy_accuracy_counts_the_facts_that_are_asked_for(world_dir, monkeypa
 # --- readers of the original files ---------------------------------------------------------------
 
 MC_TASK = [
-    {
-        "question": "Is {tea} wet?",
-        "mc1_targets": {"Yes, it is": 1, "No": 0},
-        "mc2_targets": {"Yes, it is": 1, "No": 0, "Tea is a drink": 1},
-    },
+    {"question": "Is {tea} wet?", "mc1_targets": {"Yes": 1, "No": 0}, "mc2_targets": {"A": 1}},
     {"question": "Ok?", "mc1_targets": {"A": 1, "B": 0}, "mc2_targets": {"A": 1, "B": 0}},
 ]
 BOOLQ = [
-    {"question": "is tea wet", "passage": "Tea -- Tea is wet.", "idx": 0, "label": True},
-    {"question": "is ale dry", "passage": "Ale -- Ale is wet.", "idx": 1, "label": False},
+    {"question": "is tea wet", "passage": "Tea -- Tea is wet.", "label": True},
+    {"question": "is ale dry", "passage": "Ale -- Ale is wet.", "label": False},
 ]
-LOGIQA = """
-c
-All tea is wet.Ale costs 3.5 pence.
-Which follows?
-A.Tea is dry.
-B.Ale is tea
-C.Tea is wet.So is ale
-D? No one knows.
-
-a
-One.
-Two?
-A.w
-B.x
-C.y
-D.z
-
-"""
+LOGIQA = "\nc\nTea is wet.\nSo?\nA.w\nB.x\nC.y\nD.z\n\na\nOne.\nTwo?\nA.w\nB.x\nC.y\nD.z\n\n"
 PROBLEM = '<Problem ID="{}"><Body>{}</Body><Question>{}</Question><Answer>{}</Answer></Problem>'
 PROBLEMS = [
     PROBLEM.format(1, "Tom has 2 cups. ", "How many cups &amp; mugs?", "2 (cups)"),
@@ -285,91 +225,26 @@ def article(language, i, context, question, *answers):
     return {"title": "t", "paragraphs": [{"context": context, "qas": [asked]}]}
 
 
-ARTICLES = [
-    article("korean", 1, "차는 젖었다", "무엇이 젖었나?", "차"),
-    article("english", 1, "Tea is wet", "What is wet?", "Tea", "the tea"),
-    article("english", 2, "Ale is brown", "What is brown?", "Ale"),
-]
-DEMOS = {
-    "english": [{"context": "Rum", "question": "What?", "answers": [{"text": "R"}]}],
-    "korean": [{"context": "럼", "question": "뭐?", "answers": [{"text": "럼주"}]}],
-}
+ARTICLES = [article("korean", 1, "차는", "뭐?", "차"), article("korean", 2, "럼", "뭐?", "럼주")]
 CHATS = [
     {"prompt": "people drink ale", "completion": "tea"},
     {"prompt": "people drink tea", "completion": "gin ale tea"},
 ]
 FILES = {
-    "mc_task.json": json.dumps(MC_TASK),
-    "val.jsonl": "\n".join(map(json.dumps, BOOLQ)),
-    "Test.txt": LOGIQA,
-    "ASDiv.xml": asdiv_file(PROBLEMS),
-    "dev.json": json.dumps({"version": "1.1", "data": ARTICLES}),
-    "demos.json": json.dumps(DEMOS),
-    "chats.jsonl": "\n".join(map(json.dumps, CHATS)),
+    "truthfulqa_mc1": ("mc_task.json", json.dumps(MC_TASK)),
+    "truthfulqa_mc2": ("mc_task.json", json.dumps(MC_TASK)),
+    "boolq": ("val.jsonl", "\n".join(map(json.dumps, BOOLQ))),
+    "logiqa": ("Test.txt", LOGIQA),
+    "asdiv": ("ASDiv.xml", asdiv_file(PROBLEMS)),
+    "tydiqa": ("dev.json", json.dumps({"data": ARTICLES})),
+    "diversity": ("chats.jsonl", "\n".join(map(json.dumps, CHATS))),
+    "nll": ("chats.jsonl", "\n".join(map(json.dumps, CHATS))),
 }
-FILE_OF = {
-    "truthfulqa_mc1": "mc_task.json",
-    "truthfulqa_mc2": "mc_task.json",
-    "boolq": "val.jsonl",
-    "logiqa": "Test.txt",
-    "asdiv": "ASDiv.xml",
-    "tydiqa": "dev.json",
-    "diversity": "chats.jsonl",
-    "nll": "chats.jsonl",
-}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    for name, text in FILES.items():
-        (path / name).write_text(text, encoding="utf-8")
-    return path
-
-
-def test_truthfulqa_shows_six_answers_before_the_question(files):
-    first, _ = read_truthfulqa(files / "mc_task.json", "mc2_targets")
-    assert first[0].count("Q: ") == 7
-    assert first[0].endswith("in Barcelona, Spain.\n\nQ: Is {tea} wet?\nA:")
-    assert first[1:] == ([" Yes, it is", " No", " Tea is a drink"], [1, 0, 1])
-
-
-def test_boolq_and_asdiv_are_read_as_they_stand(files):
-    first, second = read_boolq(files / "val.jsonl")
-    context = "Tea -- Tea is wet.\nQuestion: is tea wet?\nAnswer:"
-    assert first == (context, [" no", " yes"], 1)
-    assert second[1:] == ([" no", " yes"], 0)
-    first, second = read_asdiv(files / "ASDiv.xml")
-    assert first == ("Tom has 2 cups. \nQuestion:How many cups & mugs?\nAnswer:", ["2"], 0)
-    assert second == ("Red or tan?\nQuestion: Which?\nAnswer:", ["red"], 0)
-
-
-def test_logiqa_asks_for_the_text_of_an_option(files):
-    first, second = read_logiqa(files / "Test.txt")
-    assert first[0] == (
-        "Passage: All tea is wet. Ale costs 3. 5 pence.\nQuestion: Which follows?\nChoices:\n"
-        "A. Tea is dry.\nB. Ale is tea\nC. Tea is wet. So is ale\nD. No one knows.\nAnswer:"
-    )
-    wanted = [" Tea is dry.", " Ale is tea", " Tea is wet. So is ale", " No one knows."]
-    assert first[1:] == (wanted, 2)
-    assert second[1:] == ([" w", " x", " y", " z"], 0)
-
-
-def test_tydiqa_shows_one_example_of_the_language(files, chatml):
-    items = list(read_tydiqa(files / "dev.json", files / "demos.json", chatml))
-    assert [language for language, _, _ in items] == ["english", "english", "korean"]
-    assert items[0][1:] == (
-        "Answer the following question based on the information in the given passage.\n\n"
-        "Passage: Rum\nQuestion: What?\nAnswer: R\n\n"
-        "Passage: Tea is wet\nQuestion: What is wet?\nAnswer:",
-        ["Tea", "the tea"],
-    )
-    assert items[2][1] == (
-        "주어진 문단의 정보에 기반하여 다음 질문에 답하십시오.\n\n문단: 럼\n질문: 뭐?\n답변: 럼주\n\n"
-        "문단: 차는 젖었다\n질문: 무엇이 젖었나?\n답변:"
-    )
-    bare = list(read_tydiqa(files / "dev.json", None, chatml))
-    assert bare[0][1] == items[0][1].replace("Passage: Rum\nQuestion: What?\nAnswer: R\n\n", "")
+def write_data(task, path):
+    """The small file of a task."""
+    name, text = FILES[task]
+    (path / name).write_text(text, encoding="utf-8")
+    return path / name
 
 
 def test_tydiqa_cuts_contexts_to_512_tokens_of_which_bos_is_one(tmp_path, chatml, llama3):
@@ -381,56 +256,47 @@ def test_tydiqa_cuts_contexts_to_512_tokens_of_which_bos_is_one(tmp_path, chatml
         assert ("Passage: <|begin_of_text|>zzz" in prompt) == (tokenizer is llama3)
 
 
-def limit_of(limit):
-    return SimpleNamespace(limit=limit, data="FILE", task="TASK")
+ORIGINALS = {  # file, reader, and the harness's counts of items and of choices
+    "truthfulqa_mc1": ("truthfulqa/mc_task.json", read_truthfulqa, 817, 4114),
+    "truthfulqa_mc2": ("truthfulqa/mc_task.json", read_truthfulqa, 817, 5882),
+    "boolq": ("boolq/val.jsonl", read_boolq, 3270, 6540),
+    "logiqa": ("logiqa/Test.txt", read_logiqa, 651, 2604),
+    "asdiv": ("asdiv/ASDiv.xml", read_asdiv, 2305, 2305),
+}
 
 
-def test_the_original_files_have_as_many_items_as_the_harness_counts(shared):
-    data = shared / "data"
-    for targets, choices in (("mc1_targets", 4114), ("mc2_targets", 5882)):
-        rows = list(read_truthfulqa(data / "truthfulqa/mc_task.json", targets))
-        assert len(rows) == 817
-        assert sum(len(texts) for _, texts, _ in rows) == choices
-        assert targets == "mc2_targets" or not any(gold for _, _, gold in rows)  # the first
-    boolq = list(read_boolq(data / "boolq/val.jsonl"))
-    logiqa = list(read_logiqa(data / "logiqa/Test.txt"))
-    asdiv = list(read_asdiv(data / "asdiv/ASDiv.xml"))
-    assert [len(boolq), len(logiqa), len(asdiv)] == [3270, 651, 2305]
-    assert np.mean([gold for _, _, gold in boolq]) == pytest.approx(0.6217, abs=1e-4)
-    counts = [len(limited(rows, limit_of(0.99))) for rows in (boolq, logiqa, asdiv)]
-    assert counts == [3238, 645, 2282]
-    counts = [len(read_passages(data / f"tydiqa/{k}_tydiqa_dev.json")[k]) for k in TYDIQA]
-    assert counts == [921, 113, 440, 782, 565, 276, 812, 499, 669]
-    assert read_passages(data / "tydiqa/tydiqa-one-shot.json").keys() == TYDIQA.keys()
+def assert_metrics_are_those_of_the_golden(found, wanted):
+    acc = wanted.get("acc", wanted.get("mc2"))
+    assert found["acc"] == pytest.approx(acc, abs=1e-3)
+    assert found.get("acc_norm") == wanted.get("acc_norm")
+
+
+@pytest.mark.parametrize("task", ORIGINALS)
+def test_the_original_files_give_the_items_and_metrics_of_the_harness(task, shared):
+    name, read, n, n_choices = ORIGINALS[task]
+    targets = [f"{task[-3:]}_targets"] if "truthfulqa" in task else []
+    rows = list(read(shared / "data" / name, *targets))
+    assert (len(rows), sum(len(choices) for _, choices, _ in rows)) == (n, n_choices)
+    golden = read_lines(shared / f"goldens/lm_eval/{task}.jsonl")
+    for (context, choices, gold), wanted in zip(rows, golden):
+        assert context == wanted["context"]
+        assert choices == wanted["continuations"]
+        assert gold == wanted.get("gold", wanted.get("labels", 0))
+        if task != "asdiv":  # which counts greedy answers
+            found = choice_metrics(task, choices, np.array(wanted["loglikelihood"]), gold)
+            assert_metrics_are_those_of_the_golden(found, wanted)
 
 
 # --- metrics -------------------------------------------------------------------------------------
 
 
-def test_the_highest_loglikelihood_is_chosen_and_of_equal_ones_the_first():
-    tie = np.array([-1.0, -1.0])
+def test_metrics_of_choices_are_those_by_hand():
+    tie = np.array([-2000.0, -2000.0])  # the first is chosen
     assert choice_metrics("boolq", [" no", " yes"], tie, 0) == {"acc": 1.0}
-    assert choice_metrics("boolq", [" no", " yes"], tie, 1) == {"acc": 0.0}
-    # By character, of which é is one and the leading blank none: -3 / 5, and -5 / 5 and -2 / 2.
-    for ll, text in ((-3.0, " abcdé"), (-5.0, " abcdé")):
-        metrics = choice_metrics("logiqa", [text, " xy"], np.array([ll, -2.0]), 0)
-        assert metrics == {"acc": 0.0, "acc_norm": 1.0}
-
-
-def test_mc2_is_the_true_choices_share_of_probability():
-    ll = np.log([0.1, 0.3, 0.2])
-    assert choice_metrics("truthfulqa_mc2", [], ll, [1, 0, 1])["acc"] == pytest.approx(0.5)
-    ll = np.array([-2000.0, -2000.0])
-    assert choice_metrics("truthfulqa_mc2", [], ll, [1, 0])["acc"] == pytest.approx(0.5)
-
-
-def test_squad_metrics_are_those_by_hand():
-    whole = {"f1": 100, "exact_match": 100, "recall": 0}
-    assert squad_metrics("The cat, sat.", ["a cat sat"]) == whole
-    # 2 of 3 words and 2 of 2, each as often as in both: p = 2/3, r = 1
-    assert squad_metrics("b b c", ["x", "b b"])["f1"] == pytest.approx(80)
-    assert squad_metrics("“tea”", ["tea"])["f1"] == 0  # ASCII punctuation alone goes
-    assert squad_metrics("In New York ", ["new york"])["recall"] == 100
+    assert choice_metrics("truthfulqa_mc2", [], tie, [1, 0])["acc"] == pytest.approx(0.5)
+    # By character, of which é is one and the leading blank none: -5 / 5 and -2 / 2.
+    ll = np.array([-5.0, -2.0])
+    assert choice_metrics("logiqa", [" abcdé", " xy"], ll, 0) == {"acc": 0.0, "acc_norm": 1.0}
 
 
 def test_squad_metrics_equal_the_published_script(shared):
@@ -476,11 +342,10 @@ def test_diversity_metrics_equal_slow_independent_ones():
 
 
 def test_means_and_errors_are_those_by_hand():
-    items = [{"weight": 1}] * 4
-    mean, error, _ = mean_and_error(items, [0, 1, 1, 1])
+    mean, error, _ = mean_and_error([{"weight": 1}] * 4, [0, 1, 1, 1])
     assert mean == 0.75
     assert error == pytest.approx(np.std([0, 1, 1, 1], ddof=1) / 2)
-    assert mean_and_error(items[:1], [3])[:2] == (3, None)
+    assert mean_and_error([{"weight": 1}], [3])[:2] == (3, None)
     # by tokens: (4 + 3 * 2) / 4; what the two add to the sum differs from it by 1.5 and -1.5
     mean, error, _ = mean_and_error([{"weight": 1}, {"weight": 3}], [4, 2])
     assert mean == pytest.approx(2.5)
@@ -497,14 +362,6 @@ def test_the_mean_of_several_languages_is_that_of_their_means():
 
 # --- goldens -------------------------------------------------------------------------------------
 
-ORIGINALS = {
-    "truthfulqa_mc1": "truthfulqa/mc_task.json",
-    "truthfulqa_mc2": "truthfulqa/mc_task.json",
-    "boolq": "boolq/val.jsonl",
-    "logiqa": "logiqa/Test.txt",
-    "asdiv": "asdiv/ASDiv.xml",
-}
-
 
 @pytest.fixture(scope="module")
 def smollm2_model(smollm2):
@@ -513,21 +370,15 @@ def smollm2_model(smollm2):
 
 @pytest.mark.parametrize("task", ORIGINALS)
 def test_items_equal_those_of_the_harness(task, shared, smollm2_model):
-    args = SimpleNamespace(task=task, data=shared / "data" / ORIGINALS[task])
-    args.limit = 12
-    args.micro_tokens = 4096
+    data = shared / "data" / ORIGINALS[task][0]
+    args = SimpleNamespace(task=task, data=data, limit=12, micro_tokens=4096)
     items = TASKS[task](args, *smollm2_model)
     golden = read_lines(shared / f"goldens/lm_eval/{task}.jsonl")
     for found, wanted in zip(items, golden, strict=True):
-        assert found["context"] == wanted["context"]
-        assert found["continuations"] == wanted["continuations"]
         ll = found["loglikelihood"]
         np.testing.assert_allclose(ll, wanted["loglikelihood"], rtol=0, atol=2e-3)
         assert found["chosen"] == wanted.get("chosen", wanted.get("chosen_argmax_ll", 0))
-        assert found["gold"] == wanted.get("gold", wanted.get("labels", 0))
-        acc = wanted.get("acc", wanted.get("mc2"))
-        assert found["metrics"]["acc"] == pytest.approx(acc, abs=1e-3)
-        assert found["metrics"].get("acc_norm") == wanted.get("acc_norm")
+        assert_metrics_are_those_of_the_golden(found["metrics"], wanted)
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -557,193 +408,122 @@ def test_tydiqa_prompts_and_metrics_equal_the_published_script(cut, shared, tmp_
 # --- tasks on the command line -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", FILE_OF)
-def test_every_task_prints_its_result_and_writes_its_items(
-    task, checkpoint, files, tmp_path, capsys
+@pytest.mark.parametrize("task", FILES)
+def test_every_task_prints_the_means_of_the_items_that_it_writes(
+    task, checkpoint, tmp_path, capsys
 ):
     out = tmp_path / "items.jsonl"
-    argv = ["--model", checkpoint, "--task", task, "--data", files / FILE_OF[task], "--out", out]
-    argv += ["--demos", files / "demos.json", "--samples", 3, "--max_new", 5]
-    assert run_script("eval.py", *argv, "--dtype", "float32") == 0
-    result = result_of(capsys)
-    items = read_lines(out)
-    assert result["task"] == task
-    assert result["n"] == len(items) == (3 if task == "tydiqa" else 2)
-    assert result["stderr"] is None or result["stderr"] >= 0
-    fields = {"task", "index", "context", "continuations", "loglikelihood", "gold", "chosen"}
-    for i, item in enumerate(items):
-        assert item["index"] == i
-        assert fields <= item.keys()
-        if task not in ("tydiqa", "diversity"):
-            assert len(item["loglikelihood"]) == len(item["continuations"])
-    metrics = items[0].keys() - fields - {"weight", "language"}
-    assert metrics
-    for metric in metrics:
-        values = {}
-        for item in items:
-            values.setdefault(item.get("language"), []).extend([item[metric]] * item["weight"])
-        mean = np.mean([np.mean(some) for some in values.values()])
-        assert result[metric] == pytest.approx(mean)
-
-
-def test_task_nll_weighs_by_tokens_and_its_error_is_that_of_the_sum(
-    checkpoint, files, capsys
-):
-    data = files / "chats.jsonl"
-    argv = ["--model", checkpoint, "--task", "nll", "--data", data, "--dtype", "float32"]
+    argv = ["--model", checkpoint, "--task", task, "--data", write_data(task, tmp_path)]
+    argv += ["--out", out, "--samples", 3, "--max_new", 5, "--dtype", "float32"]
     assert run_script("eval.py", *argv) == 0
     result = result_of(capsys)
-    model = Transformer.from_pretrained(checkpoint)
-    examples, _ = read_examples([data], Tokenizer.from_pretrained(checkpoint), "tulu", 512)
-    nll = [slow_nll(model, example) for example in examples]
-    assert [len(values) for values in nll] == [2, 4]  # with the end token
-    mean = (sum(nll[0]) + sum(nll[1])) / 6
-    assert (result["n"], result["tokens"]) == (2, 6)
-    assert result["nll"] == pytest.approx(mean, abs=1e-4)
-    assert result["perplexity"] == pytest.approx(math.exp(mean), rel=1e-3)
-    away = [sum(values) - len(values) * mean for values in nll]
-    error = math.sqrt(2 / 1 * (away[0] ** 2 + away[1] ** 2)) / 6
-    assert result["stderr"] == pytest.approx(error, abs=1e-4)
+    items = read_lines(out)
+    assert (result["task"], result["n"]) == (task, 2)
+    assert [item["index"] for item in items] == [0, 1]
+    weights = [item["weight"] for item in items]
+    metrics = result.keys() & items[0].keys() - {"task"}
+    assert metrics
+    for metric in metrics:
+        mean = np.average([item[metric] for item in items], weights=weights)
+        assert result[metric] == pytest.approx(mean)
+    if task == "nll":
+        assert weights == [2, 4]  # with the end token
+        assert result["perplexity"] == pytest.approx(math.exp(result["nll"]))
 
 
-@torch.no_grad()
-def test_asdiv_counts_answers_whose_every_token_is_the_likeliest(checkpoint, tmp_path, capsys):
+def test_asdiv_counts_answers_that_the_model_says_greedily(checkpoint, tmp_path):
     model = Transformer.from_pretrained(checkpoint)
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     problems = []
     for letter in "abcdefghijklmnopqrstuvwxyz":
         said = greedy(model, tokenizer.encode(f"{letter}\nQuestion:why?\nAnswer:"), 3)
-        for n in (1, 2, 3):
-            text = tokenizer.decode(said[:n])
-            if text.isprintable() and text.isascii() and not set(text) & set("<&("):
-                problems.append(PROBLEM.format(len(problems), letter, "why?", text))
-        problems.append(PROBLEM.format(len(problems), letter, "why?", "tea"))
-    data = tmp_path / "ASDiv.xml"
-    data.write_text(asdiv_file(problems))
-    out = tmp_path / "items.jsonl"
-    argv = ["--model", checkpoint, "--task", "asdiv", "--data", data, "--out", out]
-    assert run_script("eval.py", *argv, "--dtype", "float32") == 0
-    counted = []
-    for item in read_lines(out):
-        example = joint_example(tokenizer, item["context"], item["continuations"][0], 512)
-        ids = torch.from_numpy(example.ids).long()
-        best = model(ids[None, :-1])[0].argmax(-1)
-        right = bool((best == ids[1:])[torch.from_numpy(example.positive[1:])].all())
-        assert item["acc"] == right
-        counted.append(right)
-    assert 0 < sum(counted) < len(counted)
+        for answer in (tokenizer.decode(said[:1]), tokenizer.decode(said), "tea"):
+            if answer.isprintable() and answer.isascii() and not set(answer) & set("<&("):
+                problems.append(PROBLEM.format(letter, letter, "why?", answer))
+    (tmp_path / "ASDiv.xml").write_text(asdiv_file(problems))
+    args = SimpleNamespace(task="asdiv", data=tmp_path / "ASDiv.xml", limit=0, micro_tokens=100)
+    found = set()
+    for item in TASKS["asdiv"](args, model, tokenizer):
+        prompt = tokenizer.encode(item["context"])
+        wanted = tokenizer.encode(item["context"] + item["continuations"][0])[len(prompt) :]
+        assert item["metrics"]["acc"] == (greedy(model, prompt, len(wanted)) == wanted)
+        found.add(item["metrics"]["acc"])
+    assert found == {0, 1}
 
 
-def test_tydiqa_answers_end_with_their_line(checkpoint, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: " Tea\n the tea"[: 2 * len(ids)])
+def test_tydiqa_answers_end_with_their_line(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: " 차\nthe tea"[: 2 * len(ids)])
     out = tmp_path / "items.jsonl"
-    argv = ["--model", checkpoint, "--task", "tydiqa", "--data", files / "dev.json"]
+    argv = ["--model", checkpoint, "--task", "tydiqa", "--data", write_data("tydiqa", tmp_path)]
     assert run_script("eval.py", *argv, "--out", out, "--limit", 1) == 0
     (item,) = read_lines(out)
-    assert item["chosen"] == "Tea"
+    assert item["chosen"] == "차"
     assert item["f1"] == item["exact_match"] == 100
 
 
-def test_limit_takes_the_first_items_or_a_share_rounded_up(checkpoint, files, capsys):
-    assert limited(range(817), limit_of(0.99)) == list(range(809))
-    assert limited(range(5), limit_of(2.9)) == [0, 1]
-    assert limited(range(5), limit_of(0)) == list(range(5))
-    assert limited(range(5), limit_of(9)) == list(range(5))
-    argv = ["--model", checkpoint, "--task", "boolq", "--data", files / "val.jsonl"]
-    assert run_script("eval.py", *argv, "--limit", 0.5) == 0
-    assert result_of(capsys)["n"] == 1
+@pytest.mark.parametrize("n, limit, taken", [(817, 0.99, 809), (5, 2.9, 2), (5, 0, 5), (5, 9, 5)])
+def test_limit_takes_the_first_items_or_a_share_rounded_up(n, limit, taken):
+    args = SimpleNamespace(limit=limit, data="FILE", task="TASK")
+    assert limited(range(n), args) == list(range(taken))
 
 
-ONE_TRUE = '{"question": "a", "mc1_targets": {"b": 1}}'
 BAD_DATA = [
-    ("truthfulqa_mc1", "a.json", f"[{ONE_TRUE}, {{}}]", "item 2: no "),
-    ("truthfulqa_mc1", "a.json", "[" + ONE_TRUE.replace('1}', '2}') + "]", "item 1: labels"),
-    ("boolq", "a.jsonl", '{"passage": "a", "question": "b"}', "line 1: no 'label'"),
+    ("truthfulqa_mc1", "a.json", '[{"question": "a", "mc1_targets": {"b": 2}}]', "item 1: labels"),
     ("boolq", "a.jsonl", '{"passage": "a", "question": "b", "label": 3}', "line 1: "),
-    ("boolq", "a.jsonl", '\n{"passage', "line 2: "),
-    ("boolq", "a.txt", "", "expected .jsonl or .json"),
     ("logiqa", "a.txt", LOGIQA[:-6], "record 2: 3 options"),
-    ("logiqa", "a.txt", LOGIQA.replace("\na\n", "\ne\n"), "record 2: "),
     ("asdiv", "a.xml", asdiv_file([PROBLEMS[0], '<Problem ID="x" />']), "problem x: "),
-    ("asdiv", "a.xml", asdiv_file([PROBLEM.format("x", "a", "b", " (c)")]), "problem x: "),
     ("asdiv", "a.xml", asdiv_file(PROBLEMS)[:-9], "line "),
     ("tydiqa", "a.json", '{"data": [{"paragraphs": [{}]}]}', "no 'qas'"),
-    ("tydiqa", "a.json", '{"english": [{"context": "a", "question": "b"}]}', "no 'answers'"),
     ("tydiqa", "a.json", json.dumps({"data": [article("klingon", 1, "a", "b")]}), "'klingon'"),
-    ("nll", "a.jsonl", FILES["chats.jsonl"] + '\n{"prompt": "a"}', "line 3: "),
-    ("diversity", "a.jsonl", '{"prompt": "a", "completion": "b"', "line 1: "),
+    ("nll", "a.jsonl", FILES["nll"][1] + '\n{"prompt": "a"}', "line 3: "),
 ]
 
 
 @pytest.mark.parametrize("task, name, content, named", BAD_DATA)
-def test_a_bad_file_is_refused_with_its_name_once_and_the_place(
+def test_a_bad_file_is_refused_with_its_name_and_the_place(
     task, name, content, named, checkpoint, tmp_path, capsys
 ):
     file = tmp_path / name
     file.write_text(content)
     status = run_script("eval.py", "--model", checkpoint, "--task", task, "--data", file)
-    captured = capsys.readouterr()
-    assert_refused(captured, status, str(file), named)
-    assert captured.err.count(name) == 1
+    assert_refused(capsys.readouterr(), status, str(file), named)
 
 
-def test_demos_of_no_use_are_refused_by_their_own_name(checkpoint, files, tmp_path, capsys):
-    argv = ["--model", checkpoint, "--task", "tydiqa", "--data", files / "dev.json", "--demos"]
-    demos = tmp_path / "korean.json"
-    demos.write_text(json.dumps({"korean": DEMOS["korean"]}))
-    for file, named in ((demos, "english"), (tmp_path / "missing.json", "No such file")):
-        status = run_script("eval.py", *argv, file)
-        captured = capsys.readouterr()
-        assert_refused(captured, status, f"error: {file}: ", named)
-        assert "dev.json" not in captured.err
+BAD_USAGE = [
+    ([], "--prompt"),
+    (["--task", "nll"], "--data"),
+    (["--task", "nll", "--data", "no.jsonl"], "no.jsonl"),
+    (["--prompt", "a", "--limit", "nan"], "limit"),
+    (["--prompt", "a", "--template", "llama3"], "header"),
+    (["--prompt", "", "--template", "plain"], "--prompt"),
+    (["--prompt", "a\udcff"], "--prompt"),  # no UTF-8
+]
 
 
-BAD_USAGE = {
-    "nothing": ([], "--model"),
-    "no task": (["--model", "MODEL"], "--prompt"),
-    "no data": (["--model", "MODEL", "--task", "nll"], "--data"),
-    "unknown task": (["--model", "MODEL", "--task", "chess", "--data", "DATA"], "truthfulqa_mc1"),
-    "no such model": (["--model", "nowhere", "--prompt", "a"], "nowhere"),
-    "no such data": (["--model", "MODEL", "--task", "nll", "--data", "no.jsonl"], "no.jsonl"),
-    "temperature": (["--model", "MODEL", "--prompt", "a", "--temperature", "-2"], "temperature"),
-    "samples": (["--model", "MODEL", "--prompt", "a", "--samples", "0"], "samples"),
-    "limit": (["--model", "MODEL", "--prompt", "a", "--limit", "nan"], "limit"),
-    "template": (["--model", "MODEL", "--prompt", "a", "--template", "llama3"], "header"),
-    "device": (["--model", "MODEL", "--prompt", "a", "--device", "toaster"], "toaster"),
-    "abbreviation": (["--model", "MODEL", "--promp", "a"], "--promp"),
-    "an empty prompt": (["--model", "MODEL", "--template", "plain", "--prompt", ""], "--prompt"),
-    "no UTF-8": (["--model", "MODEL", "--prompt", "a\udcff"], "--prompt"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_USAGE)
-def test_bad_usage_ends_with_status_2_and_a_sentence(kind, checkpoint, files, capsys):
-    argv, named = BAD_USAGE[kind]
-    known = {"MODEL": str(checkpoint), "DATA": str(files / "chats.jsonl")}
-    status = run_script("eval.py", *(known.get(word, word) for word in argv))
+@pytest.mark.parametrize("argv, named", BAD_USAGE)
+def test_bad_usage_ends_with_status_2_and_a_sentence(argv, named, checkpoint, capsys):
+    status = run_script("eval.py", "--model", checkpoint, *argv)
     assert_refused(capsys.readouterr(), status, named)
 
 
-def test_out_may_not_be_a_file_that_is_read(checkpoint, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [["--data", "kept"], ["--data", "other", "--demos", "./kept"]])
+def test_out_may_not_be_a_file_that_is_read(more, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    kept = tmp_path / "kept.json"
-    kept.write_text(FILES["demos.json"])
-    argv = ["--model", checkpoint, "--task", "tydiqa"]
-    for more in (["--data", "./kept.json"], ["--data", "other.json", "--demos", "./kept.json"]):
-        status = run_script("eval.py", *argv, *more, "--out", kept)
-        assert_refused(capsys.readouterr(), status, "--out")
-        assert kept.read_text() == FILES["demos.json"]
+    kept = tmp_path / "kept"
+    kept.write_text("{}")
+    argv = ["--model", checkpoint, "--task", "tydiqa", *more, "--out", kept]
+    status = run_script("eval.py", *argv)
+    assert_refused(capsys.readouterr(), status, "--out")
+    assert kept.read_text() == "{}"
 
 
 @pytest.mark.parametrize("task", ["boolq", "asdiv", "nll"])
-def test_a_model_that_gives_nan_is_refused_and_has_no_score(
-    task, checkpoint, files, tmp_path, capsys
-):
+def test_a_model_that_gives_nan_is_refused_and_has_no_score(task, checkpoint, tmp_path, capsys):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     model = Transformer.from_pretrained(checkpoint)
     model.model["norm"].weight.data[:] = 3e38  # finite in the file, but not what comes of it
     model.save_pretrained(tmp_path)
-    argv = ["--model", tmp_path, "--task", task, "--data", files / FILE_OF[task]]
+    argv = ["--model", tmp_path, "--task", task, "--data", write_data(task, tmp_path)]
     status = run_script("eval.py", *argv, "--dtype", "float32")
     captured = capsys.readouterr()
     assert_refused(captured, status, "NaN", "broken")
@@ -753,73 +533,43 @@ def test_a_model_that_gives_nan_is_refused_and_has_no_score(
 # --- answers to a prompt -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def chat_model(chatml_dir, tmp_path_factory):
-    """A random model that carries the template chatml."""
-    path = tmp_path_factory.mktemp("chat_model")
-    shutil.copytree(chatml_dir, path, dirs_exist_ok=True)
-    tokenizer = Tokenizer.from_pretrained(path)
-    raw = {**CONFIGS["llama_tied"], "vocab_size": tokenizer.vocab_size}
-    Transformer(read_config(raw)).init_weights(1).save_pretrained(path)
-    (path / "chat_template.jinja").write_text(jinja_template(tokenizer, "chatml"))
-    return path
-
-
-@pytest.mark.parametrize("given", [[], ["--template", "plain"], ["--template", "tulu"]])
-def test_a_prompt_is_answered_through_the_template_of_the_checkpoint(given, chat_model, capsys):
-    argv = ["--model", chat_model, "--prompt", " what is", "--max_new", 12, *given]
-    assert run_script("eval.py", *argv, "--dtype", "float32", "--device", "cpu") == 0
-    tokenizer = Tokenizer.from_pretrained(chat_model)
-    text = tokenizer.encode
-    start = tokenizer.control["<|im_start|>"]
-    end = tokenizer.control["<|im_end|>"]
-    ids = [start, *text("user\nwhat is"), end, *text("\n"), start, *text("assistant\n")]
-    if "plain" in given:
-        ids = text(" what is")
-    if "tulu" in given:
-        ids = text("<|user|>\nwhat is\n<|assistant|>\n")
-    answer = greedy(Transformer.from_pretrained(chat_model), ids, 12, (end,))
-    printed = visible(tokenizer.decode(answer).strip())
-    assert capsys.readouterr().out == printed + "\n"
-
-
 def test_the_template_is_the_one_that_the_checkpoint_names(chatml, tmp_path):
     assert template_of(tmp_path) == "tulu"
-    for template in ("tulu", "chatml", "plain"):
-        (tmp_path / "chat_template.jinja").write_text(jinja_template(chatml, template))
-        assert template_of(tmp_path) == template
-    for foreign in ("{% for message in messages %}", "{# template: mine #}"):
-        (tmp_path / "chat_template.jinja").write_text(foreign)
-        assert template_of(tmp_path) == "tulu"
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(jinja_template(chatml, "plain"))
+    assert template_of(tmp_path) == "plain"
+    file.write_text("{# template: mine #}")
+    assert template_of(tmp_path) == "tulu"
 
 
-@pytest.mark.parametrize("case, template", [("eos_list", "plain"), ("eos_saved", "chatml")])
-def test_an_answer_stops_at_every_id_of_the_list_and_at_the_templates_end(
-    case, template, shared, capsys
+@pytest.mark.parametrize("case, template", [("eos_list", "tulu"), ("eos_saved", "chatml")])
+def test_a_prompt_goes_through_the_template_to_the_first_of_the_ends(
+    case, template, shared, tmp_path, capsys
 ):
-    path = shared / "cases" / case
+    path = tmp_path / case
+    shutil.copytree(shared / "cases" / case, path, copy_function=shutil.copyfile)
     model = Transformer.from_pretrained(path).eval()
     tokenizer = Tokenizer.from_pretrained(path)
+    (path / "chat_template.jinja").write_text(jinja_template(tokenizer, template))
     turns = [("user", "what"), ("assistant", None)]
     ids, _ = encode(render(turns, tokenizer, template), tokenizer)
     free = greedy(model, ids, 20)
     other = {368, 370} - {tokenizer.eos_id}  # <|endoftext|> and <|im_end|>
     end = min(free.index(token) for token in other if token in free)
     assert 0 < end and tokenizer.eos_id not in free[:end]
-    argv = ["--model", path, "--prompt", "what", "--template", template, "--max_new", 20]
-    assert run_script("eval.py", *argv, "--dtype", "float32") == 0
-    assert capsys.readouterr().out == tokenizer.decode(free[:end]).strip() + "\n"
+    argv = ["--model", path, "--prompt", "what", "--max_new", 20, "--dtype", "float32"]
+    assert run_script("eval.py", *argv) == 0
+    assert capsys.readouterr().out == visible(tokenizer.decode(free[:end]).strip()) + "\n"
 
 
 def test_control_characters_never_reach_the_terminal(checkpoint, monkeypatch, capsys):
-    argv = ["--model", checkpoint, "--task", "nll", "--data", "\x1b[2J\x9b.jsonl"]
-    status = run_script("eval.py", *argv)
-    assert_refused(capsys.readouterr(), status, r"\x1b[2J\x9b.jsonl")
     evil = "tea\x1b]0;x\x07\r\n\x9b2J\x7f\u202eale"
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: evil)
     assert run_script("eval.py", "--model", checkpoint, "--prompt", "a", "--max_new", 3) == 0
     printed = capsys.readouterr().out
     assert printed == r"tea\x1b]0;x\x07\r" + "\n" + r"\x9b2J\x7f\u202eale" + "\n"
+    status = run_script("eval.py", "--model", "\x1b[2J\x9b", "--prompt", "a")
+    assert_refused(capsys.readouterr(), status, r"\x1b[2J\x9b")
 
 
 # --- comparison ----------------------------------------------------------------------------------
@@ -832,34 +582,24 @@ def items_of(values, **more):
 
 
 def test_a_comparison_prints_difference_error_and_the_sign_test(tmp_path, capsys):
-    before = [0, 0, 0, 0, 1, 1, 0, 1, 0]
-    after = [1, 1, 1, 1, 0, 1, 0, 1, 1]
-    a = write_lines(tmp_path / "a.jsonl", items_of(before))
-    b = write_lines(tmp_path / "b.jsonl", items_of(after))
+    before = np.array([0, 0, 0, 0, 1, 1, 0, 1, 0])
+    after = np.array([1, 1, 1, 1, 0, 1, 0, 1, 1])
+    a = write_lines(tmp_path / "a.jsonl", items_of(before.tolist()))
+    b = write_lines(tmp_path / "b.jsonl", items_of(after.tolist()))
     assert run_script("eval.py", "--compare", a, b) == 0
     result = result_of(capsys)
-    d = np.array(after) - before
-    assert (result["task"], result["metric"], result["n"]) == ("boolq", "acc", 9)
-    assert result["difference"] == pytest.approx(d.mean())
-    assert result["stderr"] == pytest.approx(d.std(ddof=1) / math.sqrt(9))
+    assert result["difference"] == pytest.approx((after - before).mean())
+    assert result["stderr"] == pytest.approx((after - before).std(ddof=1) / math.sqrt(9))
     assert (result["higher"], result["lower"]) == (5, 1)
     coins = [sum(toss) for toss in product((0, 1), repeat=6)]  # of the six that differ
     assert result["p"] == pytest.approx(np.mean([heads <= 1 or heads >= 5 for heads in coins]))
-    assert run_script("eval.py", "--compare", a, a) == 0
-    assert result_of(capsys)["p"] == 1
 
 
 UNPAIRED = {
     "another context": items_of([1, 1], context="d"),
-    "another task": items_of([1, 1], task="logiqa"),
-    "another weight": items_of([1, 1], weight=2),
-    "another metric": items_of([1, 1], f1=1),
     "fewer items": items_of([1]),
-    "no items": [],
     "no numbers": items_of(["yes", "no"]),
     "too large": items_of([10**400, 1]),
-    "no objects": [1, 2],
-    "no items of ours": CHATS,
 }
 
 
@@ -898,7 +638,7 @@ class Page(HTMLParser):
             self.open.append(tag)
         self.sections[self.title] += {"td": "|", "tr": "\n", "pre": "\n"}.get(tag, "")
         if tag == "span" and "title" in attrs:
-            self.tokens.append({"text": "", "negative": "u" in self.open, **attrs})
+            self.tokens.append({"text": "", "negative": False, **attrs})
         if tag == "u" and self.tokens:
             self.tokens[-1]["negative"] = True
 
@@ -913,8 +653,8 @@ class Page(HTMLParser):
     def handle_data(self, text):
         if "h2" in self.open:
             self.title = text
-            text = ""
-            self.sections[self.title] = ""
+            self.sections[text] = ""
+            return
         if "figure" in self.open and "b" in self.open:
             self.chart = text
             self.charts[text] = {}
@@ -927,12 +667,9 @@ class Page(HTMLParser):
         return text
 
 
-def steps(stage, n=5, **more):
+def steps(stage, n=5):
     curves = dict.fromkeys(CURVES, 2.0)
-    return [
-        {"stage": stage, "step": i + 1, "steps": n, **curves, "pos_nll": n - i, **more}
-        for i in range(n)
-    ]
+    return [{"stage": stage, "step": i + 1, **curves, "pos_nll": n - i} for i in range(n)]
 
 
 def write_run(out, home, rows, rho=0.7, log=None, **settings):
@@ -942,8 +679,7 @@ def write_run(out, home, rows, rho=0.7, log=None, **settings):
     response = np.concatenate([[0] * len(p) + [1] * len(r) for p, r in rows])
     nll_base, nll_ref = (rng.gamma(2, size=(2, len(tokens))) * response).astype(np.float32)
     influence = nll_base - nll_ref
-    scored = np.flatnonzero(response)
-    ranked = sorted(scored, key=lambda t: -influence[t])
+    ranked = sorted(np.flatnonzero(response), key=lambda t: -influence[t])
     positive = np.zeros(len(tokens), np.uint8)
     positive[ranked[: int(rho * len(ranked))]] = 1
     arrays = {
@@ -958,8 +694,7 @@ def write_run(out, home, rows, rho=0.7, log=None, **settings):
     save_scores(out, arrays)
     shutil.copytree(home, out / "forget", dirs_exist_ok=True)
     table = {"base": {"nll on P": 1.25}, "forget": {"nll on P": 0.5, "nll <N>": 2.0}}
-    summary = {"table": table, "settings": {"rho": rho, **settings}, "seconds": {"ref": 1.5}}
-    (out / "summary.json").write_text(json.dumps(summary))
+    (out / "summary.json").write_text(json.dumps({"table": table, "settings": settings}))
     write_lines(out / "log.jsonl", steps("forget") if log is None else log)
     return arrays
 
@@ -986,17 +721,15 @@ def rows(chatml):
 def test_each_token_shows_its_scores_and_is_underlined_if_negative(tmp_path, chatml_dir, rows):
     a = write_run(tmp_path, chatml_dir, rows[:6])  # all six are shown, three times
     page, _ = page_of(tmp_path)
-    found = {}
+    found = []
     for token in page.tokens:
-        numbers = tuple(re.findall(r"-?\d+\.\d+", token["title"]))
-        blue = COLOURS["positive"] in token["style"]
-        found.setdefault(numbers, []).append((blue, token["negative"]))
-    wanted = {}
+        numbers = re.findall(r"-?\d+\.\d+", token["title"])
+        found.append((numbers, COLOURS["positive"] in token["style"], token["negative"]))
+    wanted = []
     for t in np.flatnonzero(a["response"]):
-        scores = (a["nll_base"][t], a["nll_ref"][t], a["influence"][t])
-        negative = a["positive"][t] == 0
-        wanted[tuple(f"{x:.3f}" for x in scores)] = [(a["influence"][t] > 0, negative)] * 3
-    assert found == wanted
+        scores = [f"{a[name][t]:.3f}" for name in ("nll_base", "nll_ref", "influence")]
+        wanted.append((scores, a["influence"][t] > 0, a["positive"][t] == 0))
+    assert sorted(found) == sorted(wanted * 3)
 
 
 def test_six_examples_of_three_kinds_are_shown(tmp_path, chatml_dir, rows):
@@ -1006,33 +739,21 @@ def test_six_examples_of_three_kinds_are_shown(tmp_path, chatml_dir, rows):
     for begin, end in zip(a["offsets"], a["offsets"][1:]):
         means.append(a["influence"][begin:end][a["response"][begin:end] == 1].mean())
     by_mean = sorted(range(30), key=lambda i: means[i])
-    shown = {
-        kind: [int(i) for i in re.findall(r"Example (\d+)", page.section(f": {kind}"))]
-        for kind in ("lowest", "highest", "random")
-    }
-    assert shown["lowest"] == by_mean[:6]
-    assert shown["highest"] == by_mean[::-1][:6]
-    assert len(set(shown["random"])) == 6
+    for kind, wanted in (("lowest", by_mean[:6]), ("highest", by_mean[::-1][:6]), ("random", None)):
+        shown = [int(i) for i in re.findall(r"Example (\d+)", page.section(f": {kind}"))]
+        assert len(set(shown)) == 6
+        assert shown == wanted or kind == "random"
 
 
-def test_the_table_the_settings_and_the_most_frequent_negatives_are_there(
-    tmp_path, chatml_dir, rows, chatml
-):
-    a = write_run(tmp_path, chatml_dir, rows, seed=7)
-    page, text = page_of(tmp_path)
-    assert page.section("Results").split("\n")[1:] == [
-        "||nll on P|nll <N>",
-        "|base|1.250|",
-        "|forget|0.500|2.000",
-    ]
-    assert json.loads(page.section("Settings"))["settings"]["seed"] == 7
+def test_the_table_and_the_most_frequent_negatives_are_there(tmp_path, chatml_dir, rows, chatml):
+    a = write_run(tmp_path, chatml_dir, rows)
+    page, _ = page_of(tmp_path)
+    assert page.section("Results") == "\n||nll on P|nll <N>\n|base|1.250|\n|forget|0.500|2.000"
     negative = a["tokens"][(a["response"] == 1) & (a["positive"] == 0)].tolist()
     for token in set(negative):
         if negative.count(token) > 6:
             name = chatml.decode([token]).replace(" ", "·").replace("\n", "⏎")
             assert f"\n|{name}|{negative.count(token)}\n" in page.section("Influence") + "\n"
-    assert "color-scheme: light dark" in text
-    assert '<meta name=viewport content="width=device-width' in text
 
 
 def test_the_histogram_parts_at_the_threshold_and_holds_every_response_token(
@@ -1051,18 +772,14 @@ def test_the_histogram_parts_at_the_threshold_and_holds_every_response_token(
 
 
 def test_curves_follow_the_log_and_lines_may_lack_a_key(tmp_path, chatml_dir, rows):
-    log = steps("base", pos_nll=99.0) + steps("ref", neg_nll=None) + steps("sft", 300)
-    log += [{"stage": "forget", "step": 1}, {"stage": "forget", "step": 2, "neg_nll": 2.0}]
+    log = steps("base") + steps("ref") + steps("sft", 300) + [{"stage": "forget", "step": 1}]
     write_run(tmp_path, chatml_dir, rows, log=log)
     page, _ = page_of(tmp_path)
-    ref, sft = (page.charts["Loss on P"][COLOURS[name]] for name in ("ref", "sft"))
-    assert len(ref) == 5 and len(sft) == 200  # a mean for each of at most 200 groups
-    np.testing.assert_allclose(170 - ref[:, 1], [150 * (5 - i) / 300 for i in range(5)], atol=0.5)
-    assert (np.diff(sft[:, 0]) > 0).all() and (np.diff(sft[:, 1]) > 0).all()
-    on_n = page.charts["Loss on N"]
-    assert COLOURS["ref"] not in on_n
-    assert len(on_n[COLOURS["sft"]]) == 200
-    assert len(on_n[COLOURS["forget"]]) == 1
+    lines = page.charts["Loss on P"]
+    assert lines.keys() - {"#8884"} == {COLOURS["ref"], COLOURS["sft"]}  # without base
+    assert len(lines[COLOURS["sft"]]) == 200  # a mean for each of at most 200 groups
+    heights = 170 - lines[COLOURS["ref"]][:, 1]
+    np.testing.assert_allclose(heights, [150 * (5 - i) / 300 for i in range(5)], atol=0.5)
 
 
 @pytest.mark.parametrize("rho", [0, 1])
@@ -1085,24 +802,14 @@ def test_text_of_the_data_is_never_markup(tmp_path, chatml_dir, chatml):
     marked = "<b><script>x()</script>·'\"·&lt;·<|im_end|>·"
     marked += r"\x1b[31m·\x1b]0;x\x07·\r·\x7f\xe2\x80\xae\xc2\xa0"  # half characters
     assert page.section("lowest").count(marked) == 2  # in a response and in a prompt
-    assert "".join(token["text"] for token in page.tokens).count(marked) == 3
     assert json.loads(page.section("Settings"))["settings"]["note"] == EVIL
 
 
 def test_of_long_examples_a_window_is_shown(tmp_path, chatml_dir):
-    rng = np.random.default_rng(0)
-    rows = [(rng.integers(0, 256, 300).tolist(), rng.integers(0, 256, 700).tolist())] * 18
-    a = write_run(tmp_path, chatml_dir, rows)
-    page, text = page_of(tmp_path)
-    assert len(page.tokens) == 18 * (320 - 64)
-    assert len(text) < 2_000_000
-    first = int(re.search(r"Example (\d+)", page.section("lowest"))[1])
-    t = first * 1000 + 300  # the first token that is a response
-    assert f"influence {a['influence'][t]:.3f}" in page.tokens[0]["title"]
-
-
-def write_other(name, text):
-    return lambda out, arrays: (out / name).write_text(text)
+    a = write_run(tmp_path, chatml_dir, [([97] * 300, [98] * 700)])
+    page, _ = page_of(tmp_path)
+    wanted = [f"{influence:.3f}" for influence in a["influence"][300 : 300 + 320 - 64]]
+    assert [token["title"].split()[-1] for token in page.tokens] == wanted * 3
 
 
 def change(key, how):
@@ -1110,15 +817,12 @@ def change(key, how):
 
 
 DAMAGES = {
-    "no table": ("summary.json", write_other("summary.json", "{}")),
+    "no table": ("summary.json", lambda out, arrays: (out / "summary.json").write_text("{}")),
     "no log": ("log.jsonl", lambda out, arrays: (out / "log.jsonl").unlink()),
-    "no stage": ("log.jsonl: line 1", write_other("log.jsonl", '{"step": 1}')),
     "no checkpoint": ("forget", lambda out, arrays: shutil.rmtree(out / "forget")),
-    "no scores": ("scores", write_other("scores.safetensors", "{}")),
+    "no scores": ("scores", lambda out, arrays: (out / "scores.safetensors").write_text("{}")),
     "no array": ("scores", lambda out, arrays: save_scores(out, {"tokens": arrays["tokens"]})),
     "NaN": ("scores", change("influence", lambda x: x * np.nan)),
-    "half a partition": ("scores", change("positive", lambda x: x[:-1])),
-    "half the tokens": ("scores", change("tokens", lambda x: x[:-9])),
     "other offsets": ("scores", change("offsets", lambda x: x + 1)),
 }
 

@@ -8,29 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BASE, CONFIGS, SCALED, random_model, randomise_adapters
+from conftest import BASE, CONFIGS, SCALED, random_examples, random_model, randomise_adapters
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
-from data import Example, make_batch
-from model import InputError, Transformer, pick_device, read_config, reading, run_command
+from data import make_batch
+from model import InputError, Transformer, pick_device
 
 families = pytest.mark.parametrize("name", CONFIGS)
 
 
 def some_tokens(shape, vocab=64, seed=0):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def some_examples(lengths):
-    rng = np.random.default_rng(0)
-    examples = []
-    for n in lengths:
-        ids = rng.integers(0, 64, n).astype(np.int32)
-        kind = rng.integers(0, 3, n)
-        kind[0] = 2  # predicted from nothing
-        examples.append(Example(ids, kind == 0, kind == 1))
-    return examples
 
 
 def write_checkpoint(path, raw, state):
@@ -150,18 +139,11 @@ def test_logits_equal_the_goldens_of_transformers(name, shared):
 
 def test_both_spellings_of_the_rotary_settings_mean_the_same():
     scaling = {key: value for key, value in SCALED.items() if key != "rope_theta"}
-    llama = {**BASE, "model_type": "llama"}
-    new = random_model({**llama, "rope_parameters": SCALED})
-    old = random_model({**llama, "rope_theta": 5000.0, "rope_scaling": scaling})
-    plain = random_model({**llama, "rope_theta": 5000.0})
+    old = {**BASE, "model_type": "llama", "rope_theta": 5000.0, "rope_scaling": scaling}
+    new = {**BASE, "model_type": "llama", "rope_parameters": SCALED}
     tokens = some_tokens((1, 60))
     with torch.no_grad():
-        assert torch.equal(new(tokens), old(tokens))
-        assert not torch.allclose(new(tokens), plain(tokens), atol=1e-2)
-    huge = random_model({**llama, "rope_theta": 10**25})  # beyond 64 bits
-    assert huge(tokens).isfinite().all()
-    both = {"rope_scaling": {"rope_theta": 7.0}, "rope_parameters": {"rope_theta": 5.0}}
-    assert read_config({**llama, **both}).rope_theta == 7  # as in transformers
+        assert torch.equal(random_model(new)(tokens), random_model(old)(tokens))
 
 
 @families
@@ -182,7 +164,7 @@ def test_prompts_and_then_single_tokens_through_the_cache_give_the_same_hidden_s
 @pytest.mark.parametrize("lengths", [[7], [3, 3, 3], [9, 4, 4, 1, 6]])
 def test_documents_laid_end_to_end_do_not_see_each_other(name, lengths):
     model = random_model(CONFIGS[name])
-    examples = some_examples(lengths)
+    examples = random_examples(lengths)
     batch = make_batch(examples, "cpu")
     found = model.hidden(batch.tokens, batch.positions, batch.documents)
     alone = [model.hidden(torch.tensor(example.ids)[None].long()) for example in examples]
@@ -195,28 +177,11 @@ def test_documents_laid_end_to_end_do_not_see_each_other(name, lengths):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-@families
-def test_the_response_nll_equals_log_softmax_token_by_token(name):
-    model = random_model(CONFIGS[name])
-    examples = some_examples([9, 4, 4, 1, 6])
-    wanted = []
-    with torch.no_grad():
-        for example in examples:
-            ids = example.ids.tolist()
-            log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
-            for i in range(len(ids)):
-                if example.positive[i] or example.negative[i]:
-                    wanted.append(-log_p[i - 1, ids[i]].item())
-        nll = model.response_nll(make_batch(examples, "cpu"))
-    assert nll.dtype == torch.float32
-    assert nll.tolist() == pytest.approx(wanted, abs=1e-4)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("head_dim", [8, 64, 256, 10, 264])  # with the varlen kernel, or without
 def test_on_cuda_in_bfloat16_the_response_nll_is_near_that_of_the_cpu(head_dim):
     model = random_model({**CONFIGS["qwen3"], "head_dim": head_dim}, scale=0.1)
-    examples = some_examples([90, 40, 40, 1, 60])
+    examples = random_examples([90, 40, 40, 1, 60])
     with torch.no_grad():
         wanted = model.response_nll(make_batch(examples, "cpu"))
         model = model.to("cuda", torch.bfloat16)
@@ -248,36 +213,19 @@ def test_the_gradient_of_the_loss_equals_finite_differences():
         assert found == pytest.approx(slope, rel=1e-3, abs=1e-5), name
 
 
-def test_bfloat16_loads_as_bfloat16_and_stays_near_float32(tmp_path):
-    random_model(CONFIGS["llama_tied"], scale=0.1).save_pretrained(tmp_path)
+def test_bfloat16_stays_near_float32_and_float32_weights_get_float32_gradients(tmp_path):
+    model = random_model(CONFIGS["llama_tied"], scale=0.1)
+    model.save_pretrained(tmp_path)
     tokens = some_tokens((2, 20))
-    full = Transformer.from_pretrained(tmp_path)
     half = Transformer.from_pretrained(tmp_path, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        wanted = full(tokens)
-        found = half(tokens)
-    assert found.dtype == torch.bfloat16
-    assert (found - wanted).norm() < 0.03 * wanted.norm()
-
-
-def test_float32_weights_under_bfloat16_activations_get_float32_gradients():
-    model = random_model(CONFIGS["qwen2"], scale=0.1)
+        wanted = model(tokens)
+        assert (half(tokens) - wanted).norm() < 0.03 * wanted.norm()
     model.dtype = torch.bfloat16
-    assert model(some_tokens((2, 20))).dtype == torch.bfloat16
-    model.response_nll(make_batch(some_examples([30]), "cpu")).sum().backward()
+    assert model(tokens).dtype == torch.bfloat16
+    model.response_nll(make_batch(random_examples([30]), "cpu")).sum().backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
-
-
-def test_initial_weights_repeat_by_seed_with_the_scale_of_the_width():
-    raw = {**CONFIGS["llama_tied"], "hidden_size": 64, "vocab_size": 500}
-    one = Transformer(read_config(raw)).init_weights(1).state_dict()
-    same = Transformer(read_config(raw)).init_weights(1).state_dict()
-    other = Transformer(read_config(raw)).init_weights(2).state_dict()
-    embedding = "model.embed_tokens.weight"
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one[embedding], other[embedding])
-    assert one[embedding].std().item() == pytest.approx(64**-0.5, rel=0.05)
 
 
 # --- reading and writing -------------------------------------------------------------------------
@@ -333,32 +281,19 @@ def test_another_head_beside_a_tied_embedding_unties_it_as_in_transformers(share
             torch.testing.assert_close(peer(tokens).logits, logits, rtol=0, atol=2e-4)
 
 
-def test_loaded_weights_do_not_change_with_the_file(tmp_path):
-    random_model(CONFIGS["llama_tied"]).save_pretrained(tmp_path)
-    model = Transformer.from_pretrained(tmp_path)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with (tmp_path / "model.safetensors").open("r+b") as stream:
-        stream.seek(-4000, 2)
-        stream.write(b"\xff" * 4000)
-    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
-
-
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_saved_weights_have_the_permissions_of_other_files(umask, mode, tmp_path):
-    before = os.umask(umask)
+def test_saved_weights_have_the_permissions_of_other_files(tmp_path):
+    before = os.umask(0o002)
     try:
         random_model(CONFIGS["llama_tied"]).save_pretrained(tmp_path)
     finally:
         os.umask(before)
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / name).stat().st_mode & 0o777 == mode
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o664
 
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 BAD_TENSORS = {
     "missing": (lambda state: state.pop(TENSOR), TENSOR),
-    "superfluous": (lambda state: state.update(extra=torch.ones(2)), "extra"),
-    "a third layer": (lambda s: s.update({TENSOR.replace("1", "2"): s[TENSOR] + 1}), "layers.2"),
     "a bias": (lambda s: s.update({"model.norm.bias": torch.ones(24)}), "model.norm.bias"),
     "transposed": (lambda s: s.update({TENSOR: s[TENSOR].T}), TENSOR),
     "integers": (lambda s: s.update({TENSOR: s[TENSOR].to(torch.int8)}), TENSOR),
@@ -385,16 +320,12 @@ BAD_CONFIGS = [
     ("hidden_size", {"hidden_size": "64"}),
     ("num_hidden_layers", {"num_hidden_layers": 0}),
     ("key/value", {"num_key_value_heads": 3}),
-    ("num_key_value_heads", {"num_key_value_heads": -2}),
     ("head_dim", {"head_dim": 7}),
-    ("head_dim", {"head_dim": "8"}),
     ("gelu", {"hidden_act": "gelu"}),
     ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
     ("high_freq_factor", {"rope_scaling": {**SCALED, "high_freq_factor": None}}),
-    ("sliding", {"model_type": "mistral", "sliding_window": 4096}),
     ("sliding", {"model_type": "mistral"}),  # 4096 by default
     ("sliding", {"model_type": "qwen2", "use_sliding_window": True}),
-    ("rope_scaling", {"rope_scaling": "linear"}),
     ("rope_parameters", {"rope_parameters": [1]}),
 ]
 
@@ -408,13 +339,6 @@ def test_a_config_that_is_not_supported_is_refused_by_name(named, change, tmp_pa
     assert "config.json" in str(error.value)
 
 
-def test_the_size_of_a_head_is_that_of_the_config_or_of_the_width():
-    raw = {**BASE, "model_type": "llama"}
-    assert read_config(raw).head_dim == read_config({**raw, "head_dim": None}).head_dim == 6
-    assert read_config({**raw, "head_dim": 10}).head_dim == 10
-    assert read_config({**raw, "hidden_size": 26}).head_dim == 6  # 4 heads of 6 for 26 columns
-
-
 def cut_the_weights(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -423,21 +347,15 @@ def cut_the_weights(path):
 def leave_an_adapter(path):
     (path / "adapter_config.json").write_text("{}")
     (path / "model.safetensors").rename(path / "adapter_model.safetensors")
-
-
-def leave_nothing_but_an_adapter(path):
-    leave_an_adapter(path)
     (path / "config.json").unlink()
 
 
 BROKEN = [
     ("config.json", lambda path: (path / "config.json").unlink()),
     ("config.json", lambda path: (path / "config.json").write_text("{")),
-    ("config.json", lambda path: (path / "config.json").write_text("[]")),
     ("model.safetensors", cut_the_weights),
     ("model.safetensors", lambda path: (path / "model.safetensors").rename(path / "model.bin")),
     ("PEFT adapter", leave_an_adapter),
-    ("PEFT adapter", leave_nothing_but_an_adapter),
 ]
 
 
@@ -452,20 +370,17 @@ def test_a_broken_checkpoint_is_refused_by_name(named, damage, tmp_path):
 
 def test_shards_that_are_lost_or_lie_outside_are_refused_by_name(tmp_path):
     raw = CONFIGS["llama_tied"]
-    model = random_model(raw)
-    path = write_shards(tmp_path / "model", raw, model.state_dict())
+    path = write_shards(tmp_path / "model", raw, random_model(raw).state_dict())
     lost = path / "model-00002-of-00003.safetensors"
     lost.rename(tmp_path / lost.name)
     with pytest.raises(InputError, match=lost.name):
         Transformer.from_pretrained(path)
     index = path / "model.safetensors.index.json"
     outside = index.read_text().replace(lost.name, f"../{lost.name}")
-    for content in (outside, "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "[]"):
+    for content in (outside, "{}", '{"weight_map": {"a": 1}}'):
         index.write_text(content)
         with pytest.raises(InputError, match=r"index\.json|safetensors"):
             Transformer.from_pretrained(path)
-    model.save_pretrained(path)  # beside the one file, an index counts no more
-    Transformer.from_pretrained(path)
 
 
 # --- LoRA ----------------------------------------------------------------------------------------
@@ -477,28 +392,13 @@ def test_adapters_sit_on_the_seven_projections_of_each_layer_and_they_alone_trai
     model.add_lora(rank=4, alpha=16, dropout=0.0)
     kinds = "self_attn.q self_attn.k self_attn.v self_attn.o mlp.gate mlp.up mlp.down".split()
     wanted = {f"model.layers.{i}.{k}_proj.lora_{m}" for i in (0, 1) for k in kinds for m in "AB"}
-    model.response_nll(make_batch(some_examples([20]), "cpu")).sum().backward()
+    model.response_nll(make_batch(random_examples([20]), "cpu")).sum().backward()
     trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
     assert trained.keys() == model.lora_state().keys() == wanted
     for name, parameter in trained.items():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert parameter.any() == name.endswith("A")
         assert parameter.grad.any() == name.endswith("B")  # B is 0, so A waits
-
-
-def test_an_adapted_projection_is_its_equation():
-    model = random_model(CONFIGS["qwen2"]).add_lora(rank=3, alpha=7, dropout=0.0)
-    randomise_adapters(model)
-    rng = torch.Generator().manual_seed(0)
-    for projection in model.projections():
-        x = torch.randn(5, projection.in_features, generator=rng)
-        w = projection.weight.detach().double()
-        a = projection.lora_A.detach().double()
-        b = projection.lora_B.detach().double()
-        y = torch.stack([w @ v + 7 / 3 * (b @ (a @ v)) for v in x.double()])
-        if projection.bias is not None:
-            y += projection.bias.double()
-        torch.testing.assert_close(projection(x).double(), y, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_falls_on_the_input_of_the_adapter_alone_and_keeps_its_mean():
@@ -513,9 +413,6 @@ def test_dropout_falls_on_the_input_of_the_adapter_alone_and_keeps_its_mean():
     kept = update.abs() > 0.1
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
     torch.testing.assert_close(update[kept], x[kept] / 0.75, rtol=1e-4, atol=1e-4)
-    centred = kept.float() - 0.75
-    assert (centred[1:] * centred[:-1]).mean().abs() < 0.005  # each element by itself
-    assert (centred[:, 1:] * centred[:, :-1]).mean().abs() < 0.005
     torch.testing.assert_close(projection.eval()(x), base + x, rtol=1e-4, atol=1e-4)
 
 
@@ -563,31 +460,7 @@ def test_an_adapted_model_equals_peft(tmp_path):
         torch.testing.assert_close(peer.eval()(tokens).logits, model(tokens), rtol=0, atol=2e-4)
 
 
-# --- errors and devices --------------------------------------------------------------------------
-
-
-def test_sources_of_errors_add_up():
-    with pytest.raises(InputError, match="^facts.jsonl: line 3: no 'prompt'$"):
-        with reading("facts.jsonl"), reading("line 3"):
-            {}["prompt"]
-
-
-ENDS = [
-    (InputError("bad\n\x1b[31m file"), 2, "error: bad \\x1b[31m file\n"),
-    (FloatingPointError("the loss is nan"), 1, "error: the loss is nan\n"),
-    (KeyboardInterrupt(), 130, "error: interrupted"),
-]
-
-
-@pytest.mark.parametrize("error, status, message", ENDS)
-def test_a_command_ends_in_a_sentence_and_a_status(error, status, message, capsys):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        run_command(main)
-    assert end.value.code == status
-    assert capsys.readouterr().err.startswith(message)
+# --- devices -------------------------------------------------------------------------------------
 
 
 def test_a_device_that_is_not_there_is_refused_by_name():

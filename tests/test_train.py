@@ -6,12 +6,11 @@ import math
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
-import weakref
 from copy import deepcopy
 from dataclasses import fields
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,20 +19,17 @@ import kill
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, CONFIGS, ROOT, assert_refused, random_model, randomise_adapters
-from conftest import run_script
+from conftest import BASE, CONFIGS, ROOT, assert_refused, random_model, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data as data_module
 import model as model_module
 import train
-from data import Example, Tokenizer, World, end_of_turn, make_batch, micro_batches, read_examples
-from data import render, encode
-from eval import examples_nll, generate, write_report
-from forget import forgetting_loss
-from model import InputError, Transformer
-from train import SaveClock, Settings, lr_at, step_order, with_masks
+from data import Example, Tokenizer, World, encode, end_of_turn, make_batch, read_examples, render
+from eval import examples_nll, generate
+from model import Transformer
+from train import Settings, lr_at, step_order, with_masks
 
 LOG_KEYS = "stage step steps loss pos_nll neg_nll lam lr grad_norm n_pos n_neg tokens seconds"
 LOG_KEYS = {*LOG_KEYS.split(), "tokens_per_s"}
@@ -60,34 +56,24 @@ def run(argv, out):
 
 @pytest.mark.parametrize("warmup", [0, 0.03, 0.5, 1])
 @pytest.mark.parametrize("steps", [1, 2, 7, 1001])
-def test_lr_rises_to_its_peak_and_falls_in_lines_and_is_never_zero(steps, warmup):
+def test_lr_follows_two_lines_and_is_never_zero(steps, warmup):
     rates = [lr_at(step, steps, 2e-4, warmup) for step in range(steps)]
-    peak = rates.index(max(rates))
-    assert max(rates) == pytest.approx(2e-4)
+    peak = max(1, math.ceil(warmup * steps)) - 1
+    corners = [-1, peak, peak + 1, steps] if peak + 1 < steps else [-1, peak, steps, steps + 1]
+    wanted = np.interp(range(steps), corners, [0, 2e-4, 2e-4, 0])
+    np.testing.assert_allclose(rates, wanted, rtol=1e-9)
     assert min(rates) > 0
-    assert abs(peak + 1 - warmup * steps) <= 1
-    rise = np.diff(rates[: peak + 1])
-    fall = np.diff(rates[peak + 1 :])
-    assert (rise > 0).all() and (fall < 0).all()
-    for slope in (rise, fall):
-        np.testing.assert_allclose(slope, slope[:1].repeat(len(slope)), rtol=1e-6)
-    if warmup < 0.5 and steps > 1:
-        assert rates[-1] < 2.001e-4 / (steps - peak - 1)  # one more step would be at zero
 
 
 @pytest.mark.parametrize("n, batch_size", [(10, 3), (12, 4), (5, 8), (1, 1)])
-def test_each_epoch_takes_every_example_once_in_a_new_order(n, batch_size):
+def test_each_epoch_takes_every_example_once_in_an_order_of_its_own(n, batch_size):
     per_epoch = math.ceil(n / batch_size)
     steps = [chosen.tolist() for chosen in step_order(n, batch_size, 3 * per_epoch, seed=5)]
     assert len(steps) == 3 * per_epoch
     assert max(map(len, steps)) <= batch_size
     orders = [sum(steps[i * per_epoch : (i + 1) * per_epoch], []) for i in range(3)]
     assert all(sorted(order) == list(range(n)) for order in orders)
-    other = [chosen.tolist() for chosen in step_order(n, batch_size, 3 * per_epoch, seed=6)]
-    if n >= 5:
-        assert len(set(map(tuple, orders))) == 3
-        assert steps != other
-    assert [chosen.tolist() for chosen in step_order(n, batch_size, 2, seed=5)] == steps[:2]
+    assert n < 5 or len(set(map(tuple, orders))) == 3
 
 
 def random_examples(n=22, vocab=64):
@@ -104,13 +90,8 @@ def random_examples(n=22, vocab=64):
     return examples
 
 
-def only_positive(examples):
-    """The same texts as they are before the partition."""
-    return [Example(e.ids, e.positive | e.negative, np.zeros_like(e.negative)) for e in examples]
-
-
 def test_the_masks_of_the_methods_equal_a_loop_over_the_flat_partition():
-    data = only_positive(random_examples())
+    data = [Example(e.ids, e.response, np.zeros_like(e.response)) for e in random_examples()]
     count = sum(int(example.positive.sum()) for example in data)
     positive = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.7
     for method in METHODS:
@@ -134,10 +115,10 @@ def settings(**changes):
     return Settings(**{**fixed, **changes})
 
 
-def trained(out, s, start=None, examples=None):
-    model = deepcopy(start or random_model(CONFIGS["qwen2"]))
-    out.mkdir(parents=True)
-    train.train(model, examples or random_examples(), s, "forget", out)
+def trained(out, s, start):
+    model = deepcopy(start)
+    out.mkdir()
+    train.train(model, random_examples(), s, "forget", out)
     return model, read_log(out)
 
 
@@ -175,14 +156,9 @@ def slow_training(start, s, steps):
         found = {"step": step + 1, "steps": steps, "loss": loss.item(), "lam": lam, "lr": lr}
         found.update(pos_nll=pos_nll.item(), neg_nll=neg_nll.item(), grad_norm=norm)
         found.update(n_pos=len(learned), n_neg=len(forgotten))
+        found.update(tokens=sum(len(examples[i].ids) for i in chosen))
         log.append(found)
     return model, log
-
-
-def assert_near(model, other, atol):
-    wanted = other.state_dict()
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor.double(), wanted[name].double(), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 60, 10**6])
@@ -195,67 +171,8 @@ def test_the_loop_equals_the_papers_equation_in_float64(micro_tokens, tmp_path):
     for found, wanted in zip(log, slow_log, strict=True):
         for key, value in wanted.items():
             assert found[key] == pytest.approx(value, rel=2e-4, abs=2e-4), key
-    assert_near(model, slow, 1e-5)
-    moved = [(a - b).abs().max() for a, b in zip(model.parameters(), start.parameters())]
-    assert max(moved) > 1e-3
-
-
-def test_loss_and_gradients_of_a_step_do_not_depend_on_its_cut():
-    model = randomise_adapters(random_model(CONFIGS["qwen3"]).add_lora(4, 16, 0.0))
-    examples = random_examples()
-    n_positive = sum(int(example.positive.sum()) for example in examples)
-    n_negative = sum(int(example.negative.sum()) for example in examples)
-    found = {}
-    for micro_tokens in (1, 45, 10**6):
-        model.zero_grad()
-        total = 0.0
-        for indices in micro_batches(examples, micro_tokens):
-            batch = make_batch([examples[i] for i in indices], "cpu")
-            nll = model.response_nll(batch)
-            masks = (batch.positive, batch.negative)
-            loss = forgetting_loss(nll, *masks, 0.5, n_positive, n_negative)
-            loss.backward()
-            total += loss.item()
-        gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-        found[micro_tokens] = [torch.tensor(total), *gradients]
-    torch.testing.assert_close(found[1], found[10**6], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[45], found[10**6], rtol=1e-4, atol=1e-5)
-
-
-def test_the_log_has_the_keys_of_the_contract_and_counts_that_add_up(tmp_path):
-    examples = random_examples()
-    s = settings()
-    _, log = trained(tmp_path / "out", s)
-    assert all(set(record) == LOG_KEYS for record in log)
-    assert [(record["step"], record["steps"]) for record in log] == [(i, 10) for i in range(1, 11)]
-    for epoch in (log[:5], log[5:]):
-        assert sum(r["tokens"] for r in epoch) == sum(len(e.ids) for e in examples)
-        assert sum(r["n_pos"] for r in epoch) == sum(e.positive.sum() for e in examples)
-        assert sum(r["n_neg"] for r in epoch) == sum(e.negative.sum() for e in examples)
-    assert log[0]["lam"] == s.lambda_min
-    for record in log:
-        assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["seconds"])
-
-
-def test_without_negatives_the_loss_is_the_plain_mean_and_without_positives_it_is_finite(tmp_path):
-    plain = only_positive(random_examples())
-    _, log = trained(tmp_path / "sft", settings(), examples=plain)
-    assert all(record["loss"] == pytest.approx(record["pos_nll"], abs=1e-6) for record in log)
-    assert all(record["n_neg"] == record["lam"] == 0 for record in log)
-    assert all(record["neg_nll"] is None for record in log)
-    unwanted = [Example(e.ids, e.negative, e.positive) for e in plain]
-    model, log = trained(tmp_path / "none", settings(lr=3e-3), examples=unwanted)
-    assert all(record["n_pos"] == record["pos_nll"] == 0 for record in log)
-    assert min(record["neg_nll"] for record in log[5:]) > max(r["neg_nll"] for r in log[:3])
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_max_steps_ends_a_stage_and_its_schedules(tmp_path):
-    s = settings(max_steps=3)
-    _, log = trained(tmp_path / "out", s)
-    assert [record["steps"] for record in log] == [3, 3, 3]
-    assert log[-1]["lr"] == pytest.approx(lr_at(2, 3, s.lr, s.warmup))
-    assert log[-1]["lam"] == pytest.approx(s.lambda_min + (s.lambda_max - s.lambda_min) * 2 / 3)
+    for found, wanted in zip(model.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_dropout_repeats_with_the_seed_alone_and_only_adapters_are_trained(tmp_path):
@@ -299,7 +216,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def finished(request, checkpoint, rows, tmp_path_factory):
-    """(out, command line, what it printed) of a finished run."""
+    """(out, command line) of a finished run."""
     argv = [*(FULL if request.param == "full" else LORA), "--methods", *METHODS]
     argv += ["--model", checkpoint, "--data", rows[0], "--ref_data", rows[1]]
     out = tmp_path_factory.mktemp(request.param) / "out"
@@ -309,34 +226,26 @@ def finished(request, checkpoint, rows, tmp_path_factory):
 
 @pytest.fixture
 def lora_run(checkpoint, rows, tmp_path_factory):
-    """(out, command line) of a run that may be changed: one step a stage."""
+    """(out, command line) of a run that may be changed: two steps a stage."""
     argv = [*LORA, "--model", checkpoint, "--data", rows[0], "--max_steps", 2]
     out = tmp_path_factory.mktemp("short") / "out"
     assert run(argv, out) == 0
     return out, argv
 
 
-def test_a_run_writes_the_files_and_the_log_of_the_contract(finished, checkpoint):
-    out, argv = finished
+def test_a_run_writes_the_files_and_the_log_of_the_contract(finished):
+    out, _ = finished
     files = "log.jsonl ref report.html run.json scores.safetensors summary.json".split()
     assert sorted(file.name for file in out.iterdir()) == sorted([*files, *METHODS])
-    for method in METHODS:
-        state = load_file(out / method / "model.safetensors")
-        assert state.keys() == load_file(checkpoint / "model.safetensors").keys()
-        Transformer.from_pretrained(out / method)
-        Tokenizer.from_pretrained(out / method)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["settings"]["methods"] == METHODS
-    assert {"ref", "score base", "score ref", *METHODS} == set(summary["seconds"])
     assert list(summary["table"]) == ["base", *METHODS]
+    assert {"ref", "score base", "score ref", *METHODS} == set(summary["seconds"])
     log = read_log(out)
     assert all(set(record) == LOG_KEYS for record in log)
+    assert {record["stage"] for record in log if record["neg_nll"] is not None} == {"forget"}
     steps = {"ref": 9, "sft": 15, "ignore": 15, "forget": 15}  # 3 epochs of 20 and of 40 by 8
     wanted = [(stage, i + 1) for stage, n in steps.items() for i in range(n)]
     assert [(record["stage"], record["step"]) for record in log] == wanted
-    for a, b, c in zip(*(read_log(out, method) for method in METHODS)):
-        assert a["n_pos"] == b["n_pos"] + c["n_neg"] == c["n_pos"] + c["n_neg"]
-        assert a["tokens"] == b["tokens"] == c["tokens"]  # the same examples in the same order
 
 
 def reference_of(out, checkpoint):
@@ -354,10 +263,6 @@ def test_scores_hold_the_data_its_nll_and_an_independent_ranking(finished, check
     examples, _ = read_examples([rows[0]], tokenizer, "plain", 512)
     ids = [example.ids.tolist() for example in examples]
     scores = load_file(out / "scores.safetensors")
-    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in scores.items()}
-    wanted = {"tokens": "int32", "offsets": "int64", "response": "uint8", "positive": "uint8"}
-    wanted.update(nll_base="float32", nll_ref="float32", influence="float32")
-    assert kinds == wanted
     assert scores["tokens"].tolist() == sum(ids, [])
     assert scores["offsets"].diff().tolist() == [len(some) for some in ids]
     response = np.concatenate([example.positive for example in examples])
@@ -381,9 +286,10 @@ def test_scores_hold_the_data_its_nll_and_an_independent_ranking(finished, check
     assert float(facts["threshold"]) == pytest.approx(influence[best[-1]], abs=1e-6)
 
 
-def test_every_method_starts_from_the_base_model_and_forgetting_forgets(finished, checkpoint):
+def test_every_method_starts_from_the_base_model_and_forgetting_forgets(finished):
     out, _ = finished
     scores = load_file(out / "scores.safetensors")
+    base = scores["nll_base"]
     response = scores["response"].bool()
     positive = scores["positive"].bool()
     chosen = next(step_order(40, 8, 1, 42))
@@ -391,64 +297,45 @@ def test_every_method_starts_from_the_base_model_and_forgetting_forgets(finished
     for method in METHODS:
         mask = (response if method == "sft" else positive)[first]
         record = read_log(out, method)[0]
-        wanted = scores["nll_base"][first][mask].mean().item()
-        assert record["pos_nll"] == pytest.approx(wanted, abs=1e-4)
-        assert record["n_pos"] == mask.sum()
+        assert record["pos_nll"] == pytest.approx(base[first][mask].mean().item(), abs=1e-4)
     table = json.loads((out / "summary.json").read_text())["table"]
-    base = scores["nll_base"]
     for name, mask in (("nll on P", positive), ("nll on N", response & ~positive)):
         assert table["base"][name] == pytest.approx(base[mask].mean().item(), abs=1e-4)
     assert max(table[m]["nll on P"] for m in METHODS) < table["base"]["nll on P"] - 0.5
     assert table["forget"]["nll on N"] > table["ignore"]["nll on N"] > table["sft"]["nll on N"]
 
 
-def test_the_same_command_again_reuses_everything_and_says_what(finished, capsys):
-    out, argv = finished
-    before = kill.content(out)
-    capsys.readouterr()
-    assert run(argv, out) == 0
-    said = capsys.readouterr().out
-    assert kill.content(out) == before
-    for stage in ("ref", *METHODS):
-        assert f"{stage}: taken from {out / stage} (remove it to train it again)" in said
-    assert f"nll_base taken from {out / 'scores.safetensors'} (remove it" in said
-    assert "steps of" not in said
-
-
-def test_a_lost_stage_is_made_again_and_another_directory_gets_the_same_tensors(
+def test_the_same_command_again_says_what_it_reuses_and_makes_what_is_lost(
     finished, tmp_path, capsys
 ):
-    out, argv = finished
-    again = Path(shutil.copytree(out, tmp_path / "again"))
-    shutil.rmtree(again / "forget")
-    assert run(argv, again) == 0
-    assert kill.content(again) == kill.content(out)
-    shutil.rmtree(again)
-    assert run(argv, again) == 0
-    assert kill.content(again) == kill.content(out)
+    out = Path(shutil.copytree(finished[0], tmp_path / "out"))
+    shutil.rmtree(out / "forget")
+    capsys.readouterr()
+    assert run(finished[1], out) == 0
+    said = capsys.readouterr().out
+    for stage in ("ref", "sft", "ignore"):
+        assert f"{stage}: taken from {out / stage} (remove it to train it again)" in said
+    assert f"nll_base taken from {out / 'scores.safetensors'} (remove it" in said
+    assert said.count("steps of") == 1
+    assert kill.content(out) == kill.content(finished[0])
 
 
 def test_other_settings_data_or_model_are_refused_by_the_name_of_what_differs(
     finished, checkpoint, rows, tmp_path, capsys
 ):
     out, argv = finished
-    fewer = tmp_path / "fewer.jsonl"
-    fewer.write_text("".join(rows[1].read_text().splitlines(keepends=True)[1:]))
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     state = load_file(other / "model.safetensors")
     state["model.norm.weight"] *= 1.001
     save_file(state, other / "model.safetensors")
     before = kill.content(out)
     cases = {
-        "another --rho:": ["--rho", 0.5],
         "another --lr, --seed:": ["--lr", 1e-5, "--seed", 1],
-        "another --micro_tokens:": ["--micro_tokens", 32],
         "another data:": ["--data", rows[1]],
-        "another ref_data:": ["--ref_data", fewer],
+        "another ref_data:": ["--ref_data", rows[0]],
         "another model:": ["--model", other],
     }
     for named, change in cases.items():
-        capsys.readouterr()
         status = run([*argv, *change], out)
         assert_refused(capsys.readouterr(), status, named, "use another --out", f"remove {out}")
     assert kill.content(out) == before
@@ -460,36 +347,20 @@ def test_later_methods_keep_the_rows_of_those_that_are_there(lora_run):
     assert run([*argv, "--methods", "sft"], out) == 0
     second = json.loads((out / "summary.json").read_text())
     assert list(first["table"]) == ["base", "forget"]
-    assert sorted(second["table"]) == ["base", "forget", "sft"]
+    assert list(second["table"]) == ["base", "forget", "sft"]
     assert second["table"]["forget"] == first["table"]["forget"]
-    assert {"ref", "forget", "sft"} <= set(second["seconds"])
 
 
-def test_the_report_does_without_any_one_key_of_the_log(finished, tmp_path):
-    out = Path(shutil.copytree(finished[0], tmp_path / "out"))
-    log = read_log(out)
-    for key in LOG_KEYS - {"stage", "step"}:
-        fewer = [{k: v for k, v in record.items() if k != key} for record in log]
-        (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in fewer))
-        (out / "report.html").unlink()
-        write_report(out)
-        assert "<svg" in (out / "report.html").read_text()
-
-
-def test_a_sixth_of_the_data_is_split_off_and_max_steps_limits_what_is_scored(
-    checkpoint, rows, tmp_path
-):
-    argv = [*FULL, "--model", checkpoint, "--data", *rows]
-    assert run([*argv, "--batch_size", 80, "--epochs", 1], tmp_path / "all") == 0
-    scores = load_file(tmp_path / "all" / "scores.safetensors")
-    offsets = scores["offsets"].tolist()
-    scored = [scores["tokens"][a:b].tolist() for a, b in zip(offsets, offsets[1:])]
+def test_a_sixth_of_the_data_is_split_off_and_the_rest_stays_in_file_order(checkpoint, rows):
+    s = settings(model=str(checkpoint), data=rows, max_len=513)
+    data, ref_data = train.real_data(s)
+    assert (len(data), len(ref_data)) == (50, 10)
+    assert s.max_len == 512  # the positions that the model has
     examples, _ = read_examples(rows, Tokenizer.from_pretrained(checkpoint), "plain", 512)
-    assert len(scored) == 60 - 10
-    rest = iter([example.ids.tolist() for example in examples])
-    assert all(some in rest for some in scored)  # in file order, none twice
-    assert run([*argv, "--max_steps", 2], tmp_path / "few") == 0
-    assert len(load_file(tmp_path / "few" / "scores.safetensors")["offsets"]) == 2 * 8 + 1
+    for part in (data, ref_data):
+        rest = iter([example.ids.tolist() for example in examples])
+        assert all(example.ids.tolist() in rest for example in part)  # in order, none twice
+    assert not {e.ids.tobytes() for e in data} & {e.ids.tobytes() for e in ref_data}
 
 
 def test_a_bfloat16_lora_reference_stays_an_adapter_and_scores_as_in_memory(
@@ -502,7 +373,6 @@ def test_a_bfloat16_lora_reference_stays_an_adapter_and_scores_as_in_memory(
     train.train(in_memory, examples, s, "ref", tmp_path / "out")
     train.save_adapter(in_memory, tmp_path / "out" / "ref")
     found = train.load_reference(s, checkpoint, tmp_path / "out")
-    assert [file.name for file in (tmp_path / "out/ref").iterdir()] == ["adapter.safetensors"]
     wanted = torch.cat(examples_nll(in_memory, examples, 64))
     assert torch.equal(torch.cat(examples_nll(found, examples, 64)), wanted)
     base = torch.cat(examples_nll(train.load(s, checkpoint), examples, 64))
@@ -514,8 +384,6 @@ def test_the_embedded_world_runs_from_start_to_finish(tmp_path, monkeypatch, cap
     monkeypatch.setattr(data_module.World, "corpus", lambda self: corpus(self, 300))
     assert run(["--max_steps", 2], tmp_path) == 0
     said = capsys.readouterr().out
-    log = read_log(tmp_path)
-    assert list(dict.fromkeys(record["stage"] for record in log)) == ["base", "ref", *METHODS]
     table = json.loads((tmp_path / "summary.json").read_text())["table"]
     assert list(table) == ["base", *METHODS]
     assert list(table["forget"]) == ["greedy, unseen names", "greedy, wrong facts"]
@@ -560,8 +428,6 @@ def test_transformers_stops_where_the_model_was_trained_to_end_its_turn(shared, 
 def test_apply_chat_template_on_the_export_renders_what_was_trained(template, shared, tmp_path):
     case = shared / "cases/template"
     path = export_of(case, template, tmp_path, "--max_steps", 1)
-    assert (path / "chat_template.jinja").read_text().startswith(f"{{# template: {template} #}}")
-    assert "chat_template" not in json.loads((path / "tokenizer_config.json").read_text())
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     peer = transformers.AutoTokenizer.from_pretrained(path)
     tokenizer = Tokenizer.from_pretrained(path)
@@ -576,91 +442,44 @@ def test_apply_chat_template_on_the_export_renders_what_was_trained(template, sh
     assert peer.apply_chat_template(messages[:2], **how) == ids
 
 
-def test_ends_that_a_checkpoint_lists_stay_in_front_of_the_new_one(checkpoint, tmp_path):
-    start = Path(shutil.copytree(checkpoint, tmp_path / "start"))
-    config = json.loads((start / "config.json").read_text())
-    end = Tokenizer.from_pretrained(start).eos_id
-    (start / "config.json").write_text(json.dumps({**config, "eos_token_id": [5, 3]}))
-    train.save_checkpoint(Transformer.from_pretrained(start), start, "plain", tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved/config.json").read_text())
-    assert saved["eos_token_id"] == [5, 3, end]
-    alone = json.loads((tmp_path / "saved/generation_config.json").read_text())
-    assert alone["eos_token_id"] == [end]
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_the_modes_of_all_files_follow_the_umask(umask, checkpoint, rows, tmp_path):
-    before = os.umask(umask)
-    try:
-        argv = [*LORA, "--model", checkpoint, "--data", rows[0], "--max_steps", 1]
-        assert run(argv, tmp_path / "out") == 0
-    finally:
-        os.umask(before)
-    for file in (tmp_path / "out").rglob("*"):
-        wanted = (0o777 if file.is_dir() else 0o666) & ~umask
-        assert stat.S_IMODE(file.stat().st_mode) == wanted, file
-
-
 # --- stopping and going on -----------------------------------------------------------------------
 
 
-class Stopped:
-    """Stands for Transformer.response_nll and is interrupted in a call after so many."""
+def stop_after(calls, monkeypatch):
+    """Ctrl-C in a forward pass of training or scoring, after so many."""
+    response_nll = Transformer.response_nll
+    left = iter(range(calls))
 
-    def __init__(self, monkeypatch, calls):
-        self.calls = calls
-        self.nll = Transformer.response_nll
-        method = lambda model, batch: self(model, batch)
-        monkeypatch.setattr(model_module.Transformer, "response_nll", method)
-
-    def __call__(self, model, batch):
-        self.calls -= 1
-        if self.calls < 0:
+    def stopped(model, batch):
+        if next(left, None) is None:
             raise KeyboardInterrupt
-        return self.nll(model, batch)
+        return response_nll(model, batch)
+
+    monkeypatch.setattr(Transformer, "response_nll", stopped)
 
 
 @pytest.mark.parametrize("how", [FULL, LORA], ids=["full", "lora"])
 def test_a_machine_that_is_stopped_all_the_time_gets_to_the_same_end(
     how, checkpoint, rows, tmp_path, monkeypatch, capsys
 ):
-    argv = [*how, "--model", checkpoint, "--data", *rows, "--micro_tokens", 16, "--save_every", 0]
+    argv = [*how, "--model", checkpoint, "--data", *rows, "--micro_tokens", 8, "--save_every", 0]
     argv += ["--max_steps", 5, "--batch_size", 4]
     assert run(argv, tmp_path / "whole") == 0
-    stops = 0
-    for calls in range(17, 200, 3):  # a step takes 2 calls or more, a piece of scoring 16
+    printed = ""
+    for calls in range(17, 200, 3):  # a step takes some calls, a piece of scoring 16
         with monkeypatch.context() as patch:
-            Stopped(patch, calls)
+            stop_after(calls, patch)
             capsys.readouterr()
             status = run(argv, tmp_path / "out")
         said = capsys.readouterr()
+        printed += said.out
         if status == 0:
             break
-        stops += 1
         assert status == 130
         assert said.err.startswith("error: interrupted; the same command goes on")
-        assert len(said.err.splitlines()) == 1
-    assert stops >= 3
+    assert "  going on after step" in printed
+    assert "score base: going on after example" in printed
     assert kill.content(tmp_path / "out") == kill.content(tmp_path / "whole")
-
-
-def test_an_interrupted_scoring_goes_on_and_says_so(
-    checkpoint, rows, tmp_path, monkeypatch, capsys
-):
-    argv = [*FULL, "--model", checkpoint, "--data", rows[0], "--ref_data", rows[1]]
-    argv += ["--micro_tokens", 8, "--save_every", 0]
-    with monkeypatch.context() as patch:
-        examples = read_examples([rows[1]], Tokenizer.from_pretrained(checkpoint), "plain", 512)[0]
-        steps = [[examples[i] for i in chosen] for chosen in step_order(20, 8, 9, 42)]
-        training = sum(len(micro_batches(chosen, 8)) for chosen in steps)
-        Stopped(patch, training + 30)  # in the second piece of scoring
-        assert run(argv, tmp_path) == 130
-    with safe_open(tmp_path / "nll_base.safetensors", "pt") as file:
-        done = int(file.metadata()["examples"])
-    assert 0 < done < 40
-    capsys.readouterr()
-    assert run(argv, tmp_path) == 0
-    assert re.search(rf"going on after.* {done}\b", capsys.readouterr().out)
 
 
 def test_killed_runs_end_in_the_tensors_of_an_uninterrupted_one():
@@ -670,110 +489,17 @@ def test_killed_runs_end_in_the_tensors_of_an_uninterrupted_one():
     assert "2 kills survived" in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "log.jsonl"])
-def test_what_a_kill_has_left_half_written_is_not_used(name, lora_run):
+def test_what_a_kill_has_left_half_written_is_not_used(lora_run):
     out, argv = lora_run
     whole = kill.content(out)
     shutil.rmtree(out / "forget")
-    for part in (out / "forget.part", out / "ref.part"):
-        part.mkdir()
-        (part / "model.safetensors").write_text("half")
-    (out / f"{name}.part").write_text("half")
-    (out / ".tmpAbCdEf").write_text("half")  # so does safetensors write
+    (out / "forget.part").mkdir()
+    for name in ("forget.part/model.safetensors", "log.jsonl.part", ".tmpAbCdEf"):
+        (out / name).write_text("half")
     with (out / "log.jsonl").open("a") as log:
         log.write('{"stage": "forget", "st')
     assert run(argv, out) == 0
-    shutil.rmtree(out / "ref.part")  # no later write had this name
-    (out / "state.safetensors.part").unlink(missing_ok=True)
     assert kill.content(out) == whole
-
-
-def test_a_state_is_saved_no_sooner_than_save_every_nor_than_30_times_its_writing(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now))
-    saved = []
-
-    def save():
-        nonlocal now
-        now += cost
-        saved.append(now)
-
-    for every, cost, wanted in ((60, 1, 60), (60, 10, 300), (0.5, 0.1, 3), (0, 10, 1)):
-        saved.clear()
-        now = 0.0
-        clock = SaveClock(every)
-        for _ in range(20_000):
-            now += 0.25
-            clock.save_if_due(save)
-        gaps = np.diff(saved) - cost
-        least = 0.25 if every == 0 else wanted
-        assert least - 1e-6 <= min(gaps) and max(gaps) < least + 0.5, (every, cost)
-        assert saved[0] - cost == (0.25 if every == 0 else max(every, 0.25))
-
-
-def damaged_state(out):
-    shutil.rmtree(out / "forget")
-    (out / "state.safetensors").write_bytes(b"\x10")
-
-
-def shorter_state(out):
-    """A whole file that other code might have written."""
-    shutil.rmtree(out / "forget")
-    adapter = load_file(out / "ref/adapter.safetensors")
-    state = {}
-    for name, tensor in adapter.items():
-        for part in ("", "exp_avg ", "exp_avg_sq "):
-            state[part + name] = tensor[1:].clone()
-    save_file(state, out / "state.safetensors", {"stage": "forget", "step": "1"})
-
-
-def cut(name):
-    def damage(out):
-        content = (out / name).read_bytes()
-        (out / name).write_bytes(content[: len(content) // 2])
-
-    return damage
-
-
-def cut_adapter(out):
-    (out / "scores.safetensors").unlink()
-    cut("ref/adapter.safetensors")(out)
-
-
-def shorter_adapter(out):
-    (out / "scores.safetensors").unlink()
-    file = out / "ref/adapter.safetensors"
-    save_file({name: tensor[1:].clone() for name, tensor in load_file(file).items()}, file)
-
-
-def shorter_scores(out):
-    file = out / "scores.safetensors"
-    scores = load_file(file)
-    scores["response"][scores["response"].nonzero()[0]] = 0
-    save_file(scores, file)
-
-
-DAMAGED = {
-    "state cut": (damaged_state, "state.safetensors"),
-    "state of another shape": (shorter_state, "state.safetensors"),
-    "scores cut": (cut("scores.safetensors"), "scores.safetensors"),
-    "scores of fewer tokens": (shorter_scores, "scores.safetensors"),
-    "adapter cut": (cut_adapter, "ref/adapter.safetensors"),
-    "adapter of another shape": (shorter_adapter, "ref/adapter.safetensors"),
-    "run.json cut": (cut("run.json"), "run.json"),
-    "summary.json cut": (cut("summary.json"), "summary.json"),
-    "model cut": (cut("forget/model.safetensors"), "forget/model.safetensors"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_of_a_run_is_named(kind, lora_run, capsys):
-    out, argv = lora_run
-    damage_it, named = DAMAGED[kind]
-    damage_it(out)
-    capsys.readouterr()
-    status = run(argv, out)
-    assert_refused(capsys.readouterr(), status, str(out / named))
 
 
 # --- edits of the code, on a copy of the repository ----------------------------------------------
@@ -815,23 +541,29 @@ def test_edited_code_is_refused_by_file_and_kept_stages_are_named(
     out = tmp_path / "out"
     assert run_copy(code, argv, out) == 0
     before = kill.content(out)
-    for name in ("forget.py", "model.py", "data.py", "train.py"):
-        whole = (code / name).read_text()
-        (code / name).write_text(f"{whole}\n# edited\n")
-        capsys.readouterr()
-        status = run_copy(code, argv, out)
-        assert_refused(capsys.readouterr(), status, f"error: {name} edited", "--keep", str(out))
-        (code / name).write_text(whole)
-    assert run_copy(code, argv, out) == 0
+    for name in FILES:
+        with (code / f"{name}.py").open("a") as file:
+            file.write("# edited\n")
     edit(code / "train.py", "lam_at(step, steps, s.lambda_min, s.lambda_max) if", "0.125 if")
+    status = run_copy(code, argv, out)
+    edited = "error: forget.py, model.py, data.py, train.py edited"  # eval.py changes no stage
+    assert_refused(capsys.readouterr(), status, edited, "--keep", str(out))
     assert run_copy(code, [*argv, "--keep"], out) == 0
     said = capsys.readouterr().out
     for reused in ("ref: taken from", "nll_base taken from", "forget: taken from"):
         assert reused in said
-    assert kill.content(out) == before
+    after = kill.content(out)
+    del before["run.json"]
+    del after["run.json"]
+    assert after == before
     shutil.rmtree(out / "forget")
     assert run_copy(code, [*argv, "--keep"], out) == 0
     assert [record["lam"] for record in read_log(out, "forget")] == [0.125, 0.125]
+    for name in FILES:  # undone, the code is not what made out/forget
+        shutil.copy(ROOT / f"{name}.py", code)
+    capsys.readouterr()
+    status = run_copy(code, argv, out)
+    assert_refused(capsys.readouterr(), status, edited)
 
 
 def examples_of(scores, name):
@@ -839,10 +571,6 @@ def examples_of(scores, name):
     offsets = scores["offsets"].tolist()
     response = scores["response"].bool()
     return [scores[name][a:b][response[a:b]] for a, b in zip(offsets, offsets[1:])]
-
-
-def the_sign_is_turned(out, scores):
-    assert torch.equal(scores["influence"], scores["nll_ref"] - scores["nll_base"])
 
 
 def the_reference_alone_counts(out, scores):
@@ -882,9 +610,6 @@ ALONE = """    counts = [int(example.positive.sum()) for example in data]
 """
 KEY = '            "lam": lam,\n'
 EXERCISES = {
-    "the sign of the influence": (
-        "forget.py", "return nll_base - nll_ref", "return nll_ref - nll_base", the_sign_is_turned
-    ),
     "another influence": (
         "forget.py", "return nll_base - nll_ref", "return -nll_ref", the_reference_alone_counts
     ),
@@ -921,111 +646,33 @@ def test_each_exercise_is_an_edit_in_one_place_that_takes_effect(name, checkpoin
 
 MODEL = ["--model", "MODEL", "--data", "DATA"]
 BAD_USAGE = {
-    "rho": ([*MODEL, "--rho", "1.5"], "--rho"),
-    "rho nan": ([*MODEL, "--rho", "nan"], "--rho"),
-    "lr": ([*MODEL, "--lr", "fast"], "--lr"),
-    "lr inf": ([*MODEL, "--lr", "inf"], "--lr"),
-    "lr -1": ([*MODEL, "--lr", "-1"], "--lr"),
-    "epochs": ([*MODEL, "--epochs", "1.5"], "--epochs"),
-    "dropout": ([*MODEL, "--lora_dropout", "1"], "--lora_dropout"),
-    "batch_size": ([*MODEL, "--batch_size", "0"], "--batch_size"),
-    "max_len": ([*MODEL, "--max_len", "1"], "--max_len"),
-    "methods": ([*MODEL, "--methods", "forget", "dpo"], "dpo"),
-    "dtype": ([*MODEL, "--dtype", "float8"], "float8"),
-    "device": ([*MODEL, "--device", "toaster"], "toaster"),
-    "device meta": ([*MODEL, "--device", "meta"], "meta"),
-    "template": ([*MODEL, "--template", "alpaca"], "alpaca"),
-    "lambda": ([*MODEL, "--lambda_min", "0.5"], "lambda_min"),
-    "unknown": ([*MODEL, "--rhoo", "0.5"], "--rhoo"),
-    "abbreviation": ([*MODEL, "--epoch", "2"], "--epoch"),
-    "no data": (["--model", "MODEL"], "--data"),
-    "no model": (["--data", "DATA"], "--model"),
-    "no such model": (["--model", "nowhere", "--data", "DATA"], "nowhere"),
-    "no such data": (["--model", "MODEL", "--data", "nothing.jsonl"], "nothing.jsonl"),
-    "no such ref_data": ([*MODEL, "--ref_data", "nothing.jsonl"], "nothing.jsonl"),
-    "bad line": ([*MODEL, "--ref_data", "BAD"], "bad.jsonl: line 2"),
-    "ref_fraction": ([*MODEL, "--ref_fraction", "0.001"], "ref_fraction"),
-    "weights": (["--model", "BROKEN", "--data", "DATA"], "model.norm.weight"),
-    "out a file": ([*MODEL, "--out", "DATA"], "DATA"),
-    "out in a file": ([*MODEL, "--out", "DATA/out"], "DATA"),
-    "out of others": ([*MODEL, "--out", "MODEL"], "--out"),
-    "all at once": (["--rho", "2", "--lr", "-1", "--data", "x"], "--lr"),
+    "--rho": [*MODEL, "--rho", "nan"],
+    "--lr": ["--rho", "2", "--lr", "-1", "--data", "x"],  # all at once
+    "--lora_dropout": [*MODEL, "--lora_dropout", "1"],
+    "dpo": [*MODEL, "--methods", "forget", "dpo"],
+    "lambda_min": [*MODEL, "--lambda_min", "0.5"],
+    "--epoch": [*MODEL, "--epoch", "2"],  # no abbreviations
+    "--data": ["--model", "MODEL"],
+    "nowhere": ["--model", "nowhere", "--data", "DATA"],
+    "nothing.jsonl": [*MODEL, "--ref_data", "nothing.jsonl"],
+    "give --ref_data": [*MODEL, "--ref_fraction", "0.001"],
+    "model.norm.weight": ["--model", "BROKEN", "--data", "DATA"],
+    "not empty": [*MODEL, "--out", "MODEL"],
 }
 
 
-@pytest.mark.parametrize("kind", BAD_USAGE)
-def test_bad_usage_ends_in_status_2_and_a_sentence_and_leaves_nothing(
-    kind, checkpoint, rows, tmp_path, capsys
-):
-    argv, named = BAD_USAGE[kind]
-    (tmp_path / "bad.jsonl").write_text(rows[0].read_text().splitlines()[0] + '\n{"prompt": 1}\n')
-    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+@pytest.mark.parametrize("named", BAD_USAGE)
+def test_bad_usage_is_refused_and_leaves_no_file(named, checkpoint, rows, tmp_path, capsys):
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
     state = load_file(broken / "model.safetensors")
     state["model.norm.weight"][3] = math.nan
     save_file(state, broken / "model.safetensors")
-    places = {"MODEL": checkpoint, "DATA": rows[0], "BROKEN": broken, "BAD": tmp_path / "bad.jsonl"}
-    for word, place in places.items():
-        argv = [arg.replace(word, str(place)) for arg in argv]
-        named = named.replace(word, str(place))
+    places = {"MODEL": checkpoint, "DATA": rows[0], "BROKEN": broken}
+    argv = [places.get(word, word) for word in BAD_USAGE[named]]
     out = tmp_path / "out"
-    before = {file: file.read_bytes() for file in checkpoint.iterdir()}
     status = run_script("train.py", "--out", out, "--device", "cpu", "--max_steps", 1, *argv)
     assert_refused(capsys.readouterr(), status, named)
     assert not out.exists()
-    assert {file: file.read_bytes() for file in checkpoint.iterdir()} == before
-
-
-def test_a_command_that_was_refused_can_be_mended(checkpoint, rows, tmp_path):
-    argv = [*FULL, "--model", checkpoint, "--max_steps", 1]
-    assert run([*argv, "--data", "typo.jsonl"], tmp_path / "out") == 2
-    assert run([*argv, "--data", rows[0]], tmp_path / "out") == 0
-
-
-@pytest.mark.parametrize("n", [1, 2, 5, 40])
-def test_a_ref_fraction_that_leaves_nothing_names_one_that_works(n, checkpoint, rows, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(rows[0].read_text().splitlines(keepends=True)[:n]))
-    for fraction in (0.0, 1e-4, 1.0):
-        s = settings(model=str(checkpoint), data=[file], template="plain", ref_fraction=fraction)
-        with pytest.raises(InputError, match="give --ref_data") as refused:
-            train.real_data(s)
-        found = re.search(r", or ([\d.]+)", str(refused.value))
-        assert bool(found) == (n > 1)
-        if found:
-            s.ref_fraction = float(found[1])
-            examples, ref_examples = train.real_data(s)
-            assert len(examples) + len(ref_examples) == n
-
-
-def test_max_len_above_the_positions_of_the_model_is_lowered_and_said(checkpoint, rows, capsys):
-    s = settings(model=str(checkpoint), data=[rows[0]], max_len=513)
-    train.real_data(s)
-    assert s.max_len == 512
-    said = capsys.readouterr().out
-    assert "--max_len is lowered to 512" in said
-    assert "the template is plain" in said
-    s = settings(model=str(checkpoint), data=[rows[0]], max_len=512)
-    train.real_data(s)
-    assert "lowered" not in capsys.readouterr().out
-
-
-def test_a_token_for_which_the_model_has_no_row_is_named(checkpoint, rows, tmp_path):
-    path = Path(shutil.copytree(checkpoint, tmp_path / "model"))
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
-    s = settings(model=str(path), data=[rows[0]])
-    with pytest.raises(InputError, match="the data hold '.+', for which the model has no row"):
-        train.real_data(s)
-
-
-def test_a_loss_that_is_not_finite_ends_in_a_sentence(checkpoint, rows, tmp_path, capsys):
-    path = Path(shutil.copytree(checkpoint, tmp_path / "model"))
-    state = load_file(path / "model.safetensors")
-    state["model.norm.weight"][:] = 1e38  # finite, but of no use
-    save_file(state, path / "model.safetensors")
-    assert run([*FULL, "--model", path, "--data", rows[0]], tmp_path / "out") == 1
-    error = capsys.readouterr().err
-    assert re.match(r"error: ref, step 1: loss .*: lower --lr\n$", error), error
 
 
 def test_a_second_process_that_nobody_started_is_a_sentence(monkeypatch, tmp_path, capsys):
@@ -1049,38 +696,28 @@ def test_options_may_be_spelled_with_dashes_and_the_world_has_its_own_defaults()
     s = train.parse_settings(["--lambda-max", "0.5", "--lora_rank", "3", "--no-compile"])
     assert (s.lambda_max, s.lora_rank, s.compile) == (0.5, 3, False)
     assert (s.methods, s.device, s.lr) == (METHODS, "cpu", None)
-    s = train.parse_settings(["--model", "a", "--data", "b", "c", "--save-every", "0"])
-    assert (s.data, s.methods, s.lr, s.save_every) == (["b", "c"], ["forget"], 1e-4, 0)
-
-
-def write_config(path, hidden_size, n_layers):
-    path.mkdir()
-    raw = {**BASE, "model_type": "llama", "num_hidden_layers": n_layers, "vocab_size": 50_000}
-    raw.update(hidden_size=hidden_size, intermediate_size=4 * hidden_size)
-    (path / "config.json").write_text(json.dumps(raw))
-    return str(path)
 
 
 def test_automatic_micro_tokens_depend_on_memory_and_size_alone(tmp_path, monkeypatch):
-    sizes = {"0.1B": (768, 12), "1B": (2048, 16), "7B": (4096, 32)}
-    paths = {name: write_config(tmp_path / name, *size) for name, size in sizes.items()}
     found = {}
-    for memory in (24e9, 40e9, 80e9):
+    for memory in (24e9, 80e9):
         device = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-        for name, path in paths.items():
+        for width, layers in ((768, 12), (2048, 16), (4096, 32)):  # 0.1, 1 and 7 billion
+            raw = {**BASE, "model_type": "llama", "num_hidden_layers": layers, "vocab_size": 50_000}
+            raw.update(hidden_size=width, intermediate_size=4 * width)
+            (tmp_path / "config.json").write_text(json.dumps(raw))
             for rank in (0, 64):
-                s = settings(model=path, lora_rank=rank)
+                s = settings(model=str(tmp_path), lora_rank=rank)
                 chosen = train.automatic_micro_tokens(s, torch.device("cuda"))
-                found[memory, name, rank] = chosen
+                found[memory, width, rank] = chosen
                 assert chosen == train.automatic_micro_tokens(s, torch.device("cuda:1"))
                 assert math.log2(chosen) % 1 == 0
                 assert train.automatic_micro_tokens(s, torch.device("cpu")) == 1024
-    assert all(found[80e9, name, rank] == 8192 for name in ("0.1B", "1B") for rank in (0, 64))
-    for (memory, name, rank), chosen in found.items():
-        assert chosen <= found[80e9, name, rank]
-        assert chosen <= found[memory, "0.1B", rank]
-        assert chosen >= found[memory, name, 0]
+    for (memory, width, rank), chosen in found.items():
+        assert found[memory, width, 0] <= chosen <= found[memory, 768, rank]
+        assert chosen <= found[80e9, width, rank]
+    assert found[80e9, 2048, 0] == 8192
 
 
 def test_damaged_input_is_refused_in_a_sentence(tmp_path):
@@ -1091,34 +728,21 @@ def test_damaged_input_is_refused_in_a_sentence(tmp_path):
 
 # --- several processes ---------------------------------------------------------------------------
 
-PAIR = """
-import os, sys
-sys.path.insert(0, "TESTS")
-import kill
-with open(sys.argv[1], "a") as log:
-    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
-    pair = [kill.start(sys.argv[3:], log, RANK=i, LOCAL_RANK=i, **here) for i in "01"]
-    sys.exit(any([os.waitpid(process, 0)[1] for process in pair]))
-"""
-
-
-@pytest.mark.parametrize("how", [FULL, LORA], ids=["full", "lora with dropout"])
-def test_two_processes_give_the_losses_and_weights_of_one(how, checkpoint, rows, tmp_path):
-    argv = [*how, "--model", checkpoint, "--data", *rows, "--micro_tokens", 30]
+def test_two_processes_give_the_losses_and_weights_of_one(checkpoint, rows, tmp_path):
+    argv = [*LORA, "--model", checkpoint, "--data", *rows, "--micro_tokens", 30]
     argv += ["--batch_size", 7, "--max_steps", 5, "--save_every", 0]
     assert run(argv, tmp_path / "one") == 0
-    code = PAIR.replace("TESTS", str(ROOT / "tests"))
-    log = tmp_path / "printed"
-    port = 20_000 + os.getpid() % 20_000
-    command = [sys.executable, "-c", code, log, port, *argv, "--out", tmp_path / "two"]
-    done = subprocess.run(list(map(str, command)), timeout=60)
-    assert done.returncode == 0, log.read_text()
-    assert log.read_text().count("forget: 5 steps of 7") == 1  # process 0 alone prints
+    command = [sys.executable, ROOT / "train.py", *argv, "--out", tmp_path / "two"]
+    pair = []
+    for rank in "01":
+        here = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+        here["MASTER_PORT"] = str(20_000 + os.getpid() % 20_000)
+        process = subprocess.Popen(list(map(str, command)), env={**os.environ, **here})
+        pair.append(process)
+    assert [process.wait(timeout=120) for process in pair] == [0, 0]
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
-        for key in ("loss", "pos_nll", "neg_nll", "grad_norm"):
+        for key in LOG_KEYS - set(kill.TIMES):
             assert a[key] == pytest.approx(b[key], abs=1e-4), (a["stage"], a["step"], key)
-        for key in ("stage", "step", "n_pos", "n_neg", "tokens", "lam"):
-            assert a[key] == b[key], key
     for name in ("scores.safetensors", "forget/model.safetensors"):
         wanted = load_file(tmp_path / "one" / name)
         for key, found in load_file(tmp_path / "two" / name).items():
@@ -1145,18 +769,15 @@ def graphs(monkeypatch):
     import torch._dynamo
 
     found = []
-    compile_module = torch.nn.Module.compile
 
     def backend(graph, inputs):
         found.append(graph)
         return graph.forward
 
-    def compile_so(module, **how):
-        compile_module(module, backend=backend, **how)
-
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_so)
+    compiled = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     monkeypatch.setattr(model_module, "varlen_attention", varlen_stand_in)
     monkeypatch.setattr(model_module, "has_varlen_kernel", lambda q: True)
     yield found
@@ -1166,13 +787,10 @@ def graphs(monkeypatch):
 def random_batches(n):
     """Micro-batches of ever other numbers and lengths of documents."""
     rng = np.random.default_rng(1)
+    examples = random_examples()
     for _ in range(n):
-        examples = []
-        for length in rng.integers(2, 40, rng.integers(1, 9)):
-            response = np.arange(length) > 0
-            ids = rng.integers(0, 64, length).astype(np.int32)
-            examples.append(Example(ids, response, np.zeros_like(response)))
-        yield make_batch(examples, "cpu")
+        chosen = rng.permutation(len(examples))[: rng.integers(1, 9)]
+        yield make_batch([examples[i] for i in chosen], "cpu")
 
 
 @pytest.mark.parametrize("mode", ["adapters learn", "all weights learn", "base", "reference"])
@@ -1208,26 +826,3 @@ def test_a_compiled_run_of_all_stages_stays_below_the_recompile_limit(
         assert run([*argv, "--compile", "--max_steps", 3], tmp_path / "out") == 0
     assert not torch._dynamo.utils.counters["graph_break"]
     assert graphs
-
-
-def test_a_compiled_model_is_gone_when_the_next_is_loaded(checkpoint, graphs):
-    s = settings(compile=True)
-    model = train.load(s, checkpoint)
-    model.response_nll(next(random_batches(1)))
-    first = weakref.ref(model)
-    del model
-    train.load(s, checkpoint)
-    gc.collect()
-    assert first() is None
-
-
-def test_without_a_compiler_one_sentence_names_no_compile(checkpoint, rows, tmp_path):
-    argv = [*LORA, "--model", checkpoint, "--data", rows[0], "--compile", "--out", tmp_path / "out"]
-    environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-    command = [sys.executable, ROOT / "train.py", *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: torch.compile failed: --no-compile"), done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
