@@ -12,7 +12,6 @@ from conftest import BASE, ROOT
 from safetensors.torch import save_file
 from torch import nn
 
-from data import Tokenizer, World
 from forget import lam_at
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -131,59 +130,6 @@ def test_the_hugging_face_loop():
     expected = trained_by_hand(peer, steps, 0.5)
     torch.testing.assert_close(list(model.parameters()), expected, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters()))
-
-
-def test_trl(tmp_path):
-    trl = pytest.importorskip("trl", reason="runs the README's snippets")
-    datasets = pytest.importorskip("datasets", reason="runs the README's snippets")
-    transformers = pytest.importorskip("transformers", reason="runs the README's snippets")
-    World(0).write_tokenizer(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, pad_token="<|end|>")
-    model = hugging_face_model()
-    model.resize_token_embeddings(Tokenizer.from_pretrained(tmp_path).vocab_size)
-    peer = copy.deepcopy(model)
-    batches = some_micro_batches(0)
-    rows = []
-    for batch in batches:
-        for row in zip(*batch.values()):
-            rows.append({key: values.tolist() for key, values in zip(batch, row)})
-
-    def collate(rows):
-        width = max(len(row["input_ids"]) for row in rows)
-        whole = {}
-        for key in batches[0]:
-            padded = [row[key] + [0] * (width - len(row[key])) for row in rows]
-            whole[key] = torch.tensor(padded)
-        for key in ("positive", "negative"):
-            whole[key] = whole[key].bool()
-        return whole
-
-    config = trl.SFTConfig(
-        max_steps=2,
-        per_device_train_batch_size=2,  # both steps see all four rows: order does not matter
-        gradient_accumulation_steps=2,
-        optim="sgd",
-        learning_rate=0.5,
-        lr_scheduler_type="constant",
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        report_to="none",
-        save_strategy="no",
-        output_dir=str(tmp_path / "out"),
-    )
-    trainer = snippet("SFTTrainer").ForgettingTrainer(
-        model=model,
-        args=config,
-        train_dataset=datasets.Dataset.from_list(rows),
-        data_collator=collate,
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    expected = trained_by_hand(peer, [[collate(rows)], [collate(rows)]], 0.5)
-    torch.testing.assert_close(list(model.parameters()), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_masks_from_a_finished_run(tmp_path, monkeypatch):
