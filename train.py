@@ -338,17 +338,7 @@ def score(s, name, base, data, out):
         return nll
     began = time.perf_counter()
     state = out / f"nll_{name}.safetensors"
-    pieces = []
-    done = 0
-    if state.exists():
-        with reading(f"{state} (remove it to score again)"):
-            with safe_open(state, framework="pt") as kept:
-                pieces.append(kept.get_tensor("nll"))
-                done = int(kept.metadata()["examples"])
-            if len(pieces[0]) != sum(counts[:done]):
-                raise InputError(f"{len(pieces[0])} tokens, expected {sum(counts[:done])}")
-        print(f"score {name}: going on after example {done}")
-
+    pieces, done = read_nll(state, counts)
     model = load(s, base) if name == "base" else load_reference(s, base, out)
     micro_tokens = s.micro_tokens
     if model.device.type == "cuda":
@@ -384,6 +374,21 @@ def save_nll(path, pieces, done):
     """What of D_train is scored so far: the nll of its first `done` examples."""
     tensors = {"nll": torch.cat(pieces)}
     write_whole(path, lambda part: save_tensors(part, tensors, {"examples": str(done)}))
+
+
+def read_nll(path, counts):
+    """The same (pieces, done) again, if an interrupted call has left it; counts [n] are the
+    response tokens of each example."""
+    if not path.exists():
+        return [], 0
+    with reading(f"{path} (remove it to score again)"):
+        with safe_open(path, framework="pt") as kept:
+            nll = kept.get_tensor("nll")
+            done = int(kept.metadata()["examples"])
+        if len(nll) != sum(counts[:done]):
+            raise InputError(f"{len(nll)} tokens, expected {sum(counts[:done])}")
+    print(f"score: going on after example {done}")
+    return [nll], done
 
 
 def save_scores(s, data, nll_base, nll_ref, scores, positive, out):

@@ -1,9 +1,8 @@
 """Damaged and hostile checkpoints, tokenizers, data, benchmark files and --out directories, one by
 one through train.py and eval.py in this process.
 
-    python tests/damage.py                   # all of them, a few minutes
-    python tests/damage.py --every 9         # every ninth
-    python tests/damage.py --only tokenizer  # those whose name holds a word; prints each message
+    python tests/damage.py                # all of them, a few minutes
+    python tests/damage.py --every 9      # every ninth
 
 Each must be refused: status 2 and one to three lines that name the damaged file or its directory,
 without a traceback or control character; nothing written outside --out. What a flipped bit, a cut
@@ -16,7 +15,6 @@ import gc
 import gzip
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -25,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
@@ -81,64 +79,19 @@ def edit_json(name, change):
     return damage
 
 
-def edit_tensors(change, name=WEIGHTS):
-    def damage(path):
-        state = load_file(path / name)
-        change(state)
-        save_file({key: tensor.contiguous() for key, tensor in state.items()}, path / name)
-
-    return damage
-
-
 def tensor(change):
     """One tensor of the checkpoint becomes change(tensor)."""
-    return edit_tensors(lambda state: state.update({UP: change(state[UP])}))
 
+    def damage(path):
+        state = load_file(path / WEIGHTS)
+        state[UP] = change(state[UP]).contiguous()
+        save_file(state, path / WEIGHTS)
 
-def fill(value):
-    return edit_tensors(lambda state: state[UP].__setitem__((3, 2), value))
+    return damage
 
 
 def config(**change):
     return edit_json("model/config.json", lambda raw: raw.update(change))
-
-
-def settings(**change):
-    return edit_json("model/tokenizer_config.json", lambda raw: raw.update(change))
-
-
-def tokenizer(change):
-    return edit_json("model/tokenizer.json", change)
-
-
-def header(**change):
-    """Facts of one tensor in the head of the safetensors file."""
-
-    def damage(content):
-        n = int.from_bytes(content[:8], "little")
-        facts = json.loads(content[8 : 8 + n])
-        facts[UP].update(change)
-        text = json.dumps(facts).encode()
-        return len(text).to_bytes(8, "little") + text + content[8 + n :]
-
-    return edit(WEIGHTS, damage)
-
-
-def shards(place):
-    """The checkpoint in two shards, of which the index says that the second is at `place`."""
-
-    def damage(path):
-        model = path / "model"
-        state = load_file(path / WEIGHTS)
-        (path / WEIGHTS).unlink()
-        names = {key: f"part-{i % 2}.safetensors" for i, key in enumerate(sorted(state))}
-        for file in set(names.values()):
-            save_file({k: v for k, v in state.items() if names[k] == file}, model / file)
-        shutil.move(model / "part-1.safetensors", path / "outside.safetensors")
-        names = {k: place if file == "part-1.safetensors" else file for k, file in names.items()}
-        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-
-    return damage
 
 
 def line(bad):
@@ -155,75 +108,43 @@ def steps(*damages):
     return damage
 
 
-def folder(name):
-    return steps(lambda path: (path / name).unlink(), lambda path: (path / name).mkdir())
-
-
 def lose(name):
     return lambda path: (path / name).unlink()
+
+
+def unfinished(name):
+    """out is that of a run which was stopped, and holds what it had kept by then."""
+
+    def damage(path):
+        shutil.rmtree(path / "out" / "forget")
+        (path / "out" / "scores.safetensors").unlink()
+        shutil.copy(path / "unfinished" / name, path / "out")
+
+    return damage
 
 
 # --- the list: name -> (damage, what the message must name besides the directory) ----------------
 
 LISTED = {
-    "data directory": (folder("data.jsonl"), "data.jsonl"),
     "data missing": (lose("data.jsonl"), "data.jsonl"),
     "data UTF-16": (write("data.jsonl", GOOD.encode("utf-16")), "line 1"),
     "data zeros": (write("data.jsonl", bytes(5000)), "line 1"),
-    "data empty": (write("data.jsonl", b""), "data.jsonl"),
-    "data mark alone": (write("data.jsonl", b"\xef\xbb\xbf"), "data.jsonl"),
     "data blank lines": (write("data.jsonl", b"\n \r\n\t\n"), "data.jsonl"),
-    "data.json object": (write("data.json", GOOD), "data.json"),
-    "data.json empty array": (write("data.json", "[]"), "data.json"),
-    "data.json item": (write("data.json", f'[{GOOD}, {{"prompt": 1}}]'), "item 2"),
     "data.json nested": (write("data.json", "[" * 10**6), "data.json"),
-    "data.csv": (write("data.csv", "a,b"), "data.csv"),
-    "data.jsonl.gz plain": (write("data.jsonl.gz", GOOD), "data.jsonl.gz"),
-    "data.jsonl.gz empty": (write("data.jsonl.gz", b""), "data.jsonl.gz"),
-    "data.jsonl.gz cut": (write("data.jsonl.gz", gzip.compress(GOOD.encode())[:-9]), "line 1"),
     "model missing": (lambda path: shutil.rmtree(path / "model"), "model"),
     "config missing": (lose("model/config.json"), "config.json"),
-    "config directory": (folder("model/config.json"), "config.json"),
     "config nested": (write("model/config.json", '{"a":' * 10**5), "config.json"),
-    "config not UTF-8": (write("model/config.json", b'{"model_type": "\xff"}'), "config.json"),
     "config 1 layer": (config(num_hidden_layers=1), "model.layers.1"),
     "config 999 layers": (config(num_hidden_layers=999), "issing"),
-    "config tied": (config(tie_word_embeddings=True, vocab_size=5), ""),
-    "config other family": (config(model_type="qwen3"), "norm"),
-    "config kv 1": (config(num_key_value_heads=1), "k_proj"),
     "weights missing": (lose(WEIGHTS), "model.safetensors"),
-    "weights directory": (folder(WEIGHTS), "model.safetensors"),
-    "weights NaN": (fill(math.nan), UP),
-    "weights -inf": (fill(-math.inf), UP),
+    "weights NaN": (tensor(lambda t: t * math.nan), UP),
     "weights float64 1e300": (tensor(lambda t: t.double() * 1e300), UP),
     "weights int8": (tensor(lambda t: t.to(torch.int8)), UP),
     "weights transposed": (tensor(lambda t: t.T), UP),
-    "weights a row": (tensor(lambda t: t[:1]), UP),
-    "weights no rows": (tensor(lambda t: t[:0]), UP),
     "weights scalar": (tensor(lambda t: torch.tensor(1.0)), UP),
-    "weights lacking": (edit_tensors(lambda s: s.pop(UP)), UP),
-    "weights extra": (edit_tensors(lambda s: s.update(extra=torch.ones(2))), "extra"),
-    "weights escape": (edit_tensors(lambda s: s.update({ESC: torch.ones(2)})), "owned"),
-    "weights none": (write(WEIGHTS, b"\x02\0\0\0\0\0\0\0{}"), "model"),
-    "weights zeros": (write(WEIGHTS, bytes(9999)), "model.safetensors"),
     "weights head 2 GB": (edit(WEIGHTS, lambda b: b"\0\0\0\x7f" + b[4:]), "model.safetensors"),
-    "weights dtype": (header(dtype="F99"), "model.safetensors"),
-    "weights shape": (header(shape=[2**40, 2**40]), "model.safetensors"),
-    "weights offsets": (header(data_offsets=[0, 2**50]), "model.safetensors"),
-    "weights overlap": (header(data_offsets=[0, 3840]), "model.safetensors"),
-    "shard lost": (shards("part-1.safetensors"), "part-1.safetensors"),
-    "shard outside": (shards("../outside.safetensors"), "index.json"),
-    "shard absolute": (shards("/etc/passwd"), "index.json"),
-    "shard deep": (shards("a/../../outside.safetensors"), "index.json"),
-    "shard itself": (shards("."), ""),
-    "shard NUL": (shards("part\0"), "part"),
-    "shard long": (shards("a" * 5000), ""),
-    "shard escape": (shards(ESC), "owned"),
-    "shard null": (shards(None), "index.json"),
     "tokenizer missing": (lose("model/tokenizer.json"), "tokenizer.json"),
-    "tokenizer empty": (write("model/tokenizer.json", "{}"), "tokenizer.json"),
     "tokenizer nested": (write("model/tokenizer.json", '{"a":' * 10**5), "tokenizer.json"),
-    "tokenizer Unigram": (tokenizer(lambda t: t["model"].update(type="Unigram")), "Unigram"),
     "out of a stranger": (write("out", "mine"), "out"),
 }
 BAD_LINES = {  # each is line 3 of the data
@@ -232,50 +153,26 @@ BAD_LINES = {  # each is line 3 of the data
     "surrogate": '{"prompt": "a \\ud800", "completion": "b"}',
     "huge number": "9" * 10_000,
     "nested": "[" * 10**5,
-    "nested field": '{"prompt": %s1%s, "completion": "b"}' % ("[" * 900, "]" * 900),
     "a million spaces": json.dumps({**PAIRS[0], "prompt": " " * 10**6 + "a"}),
     "two values": GOOD + GOOD,
     "escape": json.dumps({"messages": [{"role": ESC, "content": ESC}]}),
     "escape key": json.dumps({ESC: 1}),
-    "other keys": '{"question": "a", "answer": "b"}',
     "empty response": '{"prompt": "a", "completion": " \\n"}',
-    "empty output": '{"instruction": "a", "output": ""}',
-    "no assistant": json.dumps({"messages": CHAT[:1]}),
-    "assistant first": json.dumps({"messages": CHAT[::-1]}),
-    "unknown role": json.dumps({"messages": [{"role": "robot", "content": "a"}, *CHAT]}),
 }
 for _name, _line in BAD_LINES.items():
     LISTED[f"data {_name}"] = (line(_line), "line 3")
-BAD_CONFIG = {
-    "model_type": [None, ESC, ["llama"], "evil"],
-    "hidden_act": ["gelu"],
+EXTREME = {
     "num_attention_heads": [0, 7, 10**9],
-    "num_key_value_heads": [-2, 3],
-    "head_dim": [7, 6.0, "6", 10**18, 900_000],
-    "num_hidden_layers": [0, 10**9, 1e300, True],
-    "hidden_size": [-24, 10**6, 10**12, "24"],
+    "head_dim": [7, 10**18, 900_000],
+    "num_hidden_layers": [0, 10**9, 1e300],
+    "hidden_size": [-24, 10**6, 10**12],
     "vocab_size": [5, 10**15],
-    "rms_norm_eps": [0, math.nan, math.inf, "1e-5"],
-    "rope_theta": [-1, 10**400, "x"],
-    "rope_scaling": ["linear", {"type": "yarn", "factor": 2}, {"type": ["llama3"]}],
-    "max_position_embeddings": [0, "9", -1],
+    "rms_norm_eps": [0, math.inf],
+    "rope_theta": [-1, 10**400],
 }
-for _key, _values in BAD_CONFIG.items():
+for _key, _values in EXTREME.items():
     for _value in _values:
         LISTED[f"config {_key} {_value!r:.20}"] = (config(**{_key: _value}), "")
-for _id in (5, -1, 2**70, "5", None, [5], 5.5):
-    _vocab = tokenizer(lambda t, i=_id: t["model"]["vocab"].update(a=i))
-    _added = tokenizer(lambda t, i=_id: t["added_tokens"][0].update(id=i))
-    LISTED[f"tokenizer id {_id!r}"] = (_vocab, "")
-    LISTED[f"tokenizer control id {_id!r}"] = (_added, "")
-for _pattern in ("(", 3, None):
-    _split = {"type": "Split", "pattern": {"Regex": _pattern}, "behavior": "Isolated"}
-    _bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    _pre = {"type": "Sequence", "pretokenizers": [_split, _bytes]}
-    _change = tokenizer(lambda t, pre=_pre: t.update(pre_tokenizer=pre))
-    LISTED[f"tokenizer pattern {_pattern!r}"] = (_change, "tokenizer.json")
-for _eos in ("nothing", ["a"], {}, 3):
-    LISTED[f"tokenizer eos {_eos!r}"] = (settings(eos_token=_eos), "")
 
 # --- the systematic ones: (name, damage), which may leave a file valid ---------------------------
 
@@ -285,28 +182,28 @@ def cuts(name, size, n):
         yield f"{name} cut at {k}", edit(name, lambda b, k=k: b[:k])
 
 
-def flips(name, first, last, n, rng):
+def flips(name, size, n, rng):
     def flip(content, place, bit):
         return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
 
     for _ in range(n):
-        place = rng.randrange(first, last)
+        place = rng.randrange(min(size, 3000))
         bit = rng.randrange(8)
         how = edit(name, lambda b, place=place, bit=bit: flip(b, place, bit))
         yield f"{name} bit {bit} of byte {place}", how
 
 
-def places(value, deepest, path=()):
+def places(value, path=()):
     """Where in a JSON value one may go, of a long list or vocabulary the first."""
     if path:
         yield path
-    if len(path) < deepest and isinstance(value, (dict, list)):
+    if len(path) < 7 and isinstance(value, (dict, list)):
         keys = list(value) if isinstance(value, dict) else range(len(value))
-        for key in list(keys)[:12]:
-            yield from places(value[key], deepest, (*path, key))
+        for key in keys[:7]:
+            yield from places(value[key], (*path, key))
 
 
-def mutations(name, content, deepest=4):
+def mutations(name, content):
     """Each value in a JSON file in turn becomes one of another kind, or is left out."""
 
     def change(content, path, new):
@@ -317,18 +214,17 @@ def mutations(name, content, deepest=4):
         else:
             content[path[-1]] = deepcopy(new)
 
-    for path in places(content, deepest):
+    for path in places(content):
         for new in (None, -3, 0.5, "\x1b[2Jx", [], {}, [None], True, "left out"):
             how = edit_json(name, lambda c, path=path, new=new: change(c, path, new))
             yield f"{name} {'/'.join(map(str, path))} is {new!r}", how
 
 
-def damages(path, name, rng, n=50):
-    """Cuts, flips and, of JSON, mutations of a file of `path`."""
-    content = (path / name).read_bytes()
-    yield from cuts(name, len(content), n // 3)
-    yield from flips(name, 0, min(len(content), 3000), n, rng)
-    if name.endswith("json"):
+def damages(name, content, rng):
+    """Cuts, flips and, of JSON, mutations of a file with this content."""
+    yield from cuts(name, len(content), 20)
+    yield from flips(name, len(content), 50, rng)
+    if name.endswith(".json"):
         yield from mutations(name, json.loads(content))
 
 
@@ -336,34 +232,19 @@ def systematic(path):
     """Every one, in an order in which a share of them is a fair sample."""
     rng = random.Random(0)
     cases = []
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
-        cases += damages(path, f"model/{name}", rng, 100)
-    for name in ("run.json", "summary.json", "log.jsonl", "scores.safetensors"):
-        cases += damages(path, f"out/{name}", rng)
-    for name in ("state.safetensors", "nll_base.safetensors"):
-        kept = (path / f"unfinished/{name}").read_bytes()
-        begin_again = lambda place: shutil.rmtree(place / "out" / "forget")
-        if name.startswith("nll"):
-            begin_again = lose("out/scores.safetensors")
-        how = steps(begin_again, write(f"out/{name}", kept))
-        found = damages(path, f"unfinished/{name}", rng)
-        for title, damage in found:
-            move = lambda place, name=name: shutil.copy(place / "unfinished" / name, place / "out")
-            cases.append((title.replace("unfinished", "out"), steps(how, damage, move)))
-    forms = {"data.jsonl": (path / "data.jsonl").read_bytes()}
-    forms["data.json"] = json.dumps(PAIRS).encode()
-    forms["data.jsonl.gz"] = gzip.compress(forms["data.jsonl"], mtime=0)
+    for file in sorted([*(path / "model").iterdir(), *(path / "out").glob("*.*")]):
+        if file.name != "report.html":  # only written
+            cases += damages(str(file.relative_to(path)), file.read_bytes(), rng)
+    for file in sorted((path / "unfinished").iterdir()):
+        for name, damage in damages(f"out/{file.name}", file.read_bytes(), rng):
+            cases.append((name, steps(unfinished(file.name), damage)))
+    data = (path / "data.jsonl").read_bytes()
+    forms = {"data.jsonl": data, "data.jsonl.gz": gzip.compress(data, mtime=0)}
+    forms["data.json"] = json.dumps([{"messages": CHAT}, *PAIRS]).encode()
     forms.update({name: text.encode() for name, text in BENCHMARKS.items()})
     for name, content in forms.items():
-        make = write(name, content)
-        some = [*cuts(name, len(content), 15), *flips(name, 0, len(content), 40, rng)]
-        cases += [(title, steps(make, damage)) for title, damage in some]
-    chat = {"messages": CHAT}
-    for name, content in {"data.jsonl": chat, **BENCHMARKS}.items():
-        if "json" in name:
-            first = json.dumps(content) if content is chat else content.split("\n")[0]
-            some = mutations(name, json.loads(first), 9)
-            cases += [(title, steps(write(name, first), damage)) for title, damage in some]
+        for title, damage in damages(name, content, rng):
+            cases.append((title, steps(write(name, content), damage)))
     rng.shuffle(cases)
     return cases
 
@@ -380,17 +261,17 @@ def good(path):
     (path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     result = attempt("train.py", path, "", True)
     assert result[0] == "ran", result
-    unfinished = path / "unfinished"
-    unfinished.mkdir()
+    kept = path / "unfinished"
+    kept.mkdir()
     model = Transformer.from_pretrained(path / "model")
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(params.values())
     sum(p.sum() for p in params.values()).backward()
     optimizer.step()
-    train.save_state("forget", 1, params, optimizer, unfinished)
+    train.save_state("forget", 1, params, optimizer, kept)
     scores = load_file(path / "out" / "scores.safetensors")
     nll = scores["nll_base"][scores["response"].bool()]
-    save_file({"nll": nll[:15]}, unfinished / "nll_base.safetensors", {"examples": "3"})
+    save_file({"nll": nll[:15]}, kept / "nll_base.safetensors", {"examples": "3"})
     return path
 
 
@@ -408,56 +289,31 @@ def arguments(script, path):
     return [script, *map(str, argv)]
 
 
-@contextmanager
-def limited(seconds):
-    def stop(*_):
-        raise TimeoutError(f"after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def caught_stderr():
-    """A file of what reaches stderr from Python and from below it (a Rust panic)."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile("w+") as file:
-        kept = os.dup(2)
-        python = sys.stderr
-        os.dup2(file.fileno(), 2)
-        sys.stderr = file
-        try:
-            yield file
-        finally:
-            sys.stderr = python
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
 def called(script, path):
     """(status or what a traceback would say, stderr, stdout) of a command in this process."""
+
+    def stop(*_):
+        raise TimeoutError(f"after {SECONDS} s")
+
     before = sys.argv
     sys.argv = arguments(script, path)
     train.SECONDS.clear()
     status = 0
+    errors = StringIO()
     said = StringIO()
-    with caught_stderr() as file, redirect_stdout(said):
-        try:
-            with limited(SECONDS):
-                run_command(train.main if script == "train.py" else evaluation.main)
-        except SystemExit as end:
-            status = end.code
-        except BaseException as error:
-            status = f"traceback of {type(error).__name__}: {str(error)[:200]}"
-        finally:
-            sys.argv = before
-        file.seek(0)
-        return status, file.read().strip(), said.getvalue()
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        with redirect_stderr(errors), redirect_stdout(said):
+            run_command(train.main if script == "train.py" else evaluation.main)
+    except SystemExit as end:
+        status = end.code
+    except BaseException as error:
+        status = f"traceback of {type(error).__name__}: {str(error)[:200]}"
+    finally:
+        signal.alarm(0)
+        sys.argv = before
+    return status, errors.getvalue().strip(), said.getvalue()
 
 
 def tree(path):
@@ -489,54 +345,47 @@ def attempt(script, path, named, may_run):
     return ("wrong: " + ", ".join(wrong) if wrong else result), message
 
 
-def cases(path, every=1):
-    """(name, damage, what is named, may it run, scripts)"""
+def cases(path, every):
+    """(script, name, damage, what is named, may it run)"""
     for name, (damage, named) in list(LISTED.items())[:: (every + 4) // 5]:
-        scripts = ("train.py",) if name.startswith("out") else ("train.py", "eval.py")
-        yield name, damage, named, False, scripts
+        yield "train.py", name, damage, named, False
+        if not name.startswith("out"):
+            yield "eval.py", name, damage, named, False
     for i, (name, damage) in enumerate(systematic(path)[::every]):
-        script = "eval.py" if i % 2 and not name.startswith("out") else "train.py"
-        if name.split()[0] in BENCHMARKS:
-            script = "eval.py"
-        yield name, damage, "", True, (script,)
+        of_task = name.split()[0] in BENCHMARKS
+        of_run = name.startswith("out")
+        script = "eval.py" if of_task or (i % 2 and not of_run) else "train.py"
+        yield script, name, damage, "", True
 
 
-def run_all(path, every=1, only="", show=False):
-    """Counter of results, and [(name, script, result, message)] of what went wrong."""
+def run_all(path, every):
+    """Counter of results, and [(script, name, result, message)] of what went wrong."""
     gc.freeze()  # train.load collects garbage, again and again
     start = good(path / "good")
     counts = Counter()
     failures = []
-    for name, damage, named, may_run, scripts in cases(start, every):
-        if only not in name:
-            continue
-        for script in scripts:
-            place = Path(tempfile.mkdtemp(dir=path))
-            shutil.copytree(start, place, dirs_exist_ok=True)
-            if not name.startswith("out/"):
-                shutil.rmtree(place / "out")
-            damage(place)
-            began = time.time()
-            result, message = attempt(script, place, named, may_run)
-            counts[result.split(":")[0]] += 1
-            if result.startswith("wrong"):
-                failures.append((name, script, result, message))
-            if show:
-                seconds = time.time() - began
-                print(f"{seconds:5.1f} s  {result:8} {script} {name!r}: {message[:300]!r}")
-            shutil.rmtree(place)
+    for script, name, damage, named, may_run in cases(start, every):
+        place = Path(tempfile.mkdtemp(dir=path))
+        shutil.copytree(start, place, dirs_exist_ok=True)
+        if not name.startswith("out/"):
+            shutil.rmtree(place / "out")
+        damage(place)
+        result, message = attempt(script, place, named, may_run)
+        counts[result.split(":")[0]] += 1
+        if result.startswith("wrong"):
+            failures.append((script, name, result, message))
+        shutil.rmtree(place)
     return counts, failures
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--only", default="")
     args = parser.parse_args()
     began = time.time()
     with tempfile.TemporaryDirectory() as path:
-        counts, failures = run_all(Path(path), args.every, args.only, bool(args.only))
-    for name, script, result, message in failures:
+        counts, failures = run_all(Path(path), args.every)
+    for script, name, result, message in failures:
         print(f"{script} on {name!r}: {result}\n    {message[:600]!r}")
     print(f"{counts.total()} tried in {time.time() - began:.0f} s:", dict(counts))
     sys.exit(bool(failures))

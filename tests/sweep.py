@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from data import Tokenizer, World, tokenize
 from eval import examples_nll, generate
+from evidence import auc, read_results
 
 GRID = [1e-4, 1.4e-4, 2e-4, 2.8e-4, 4e-4, 5.6e-4, 8e-4, 1.1e-3, 1.6e-3]
 METRICS = ["greedy", "sampled", "nll truth", "nll myth"]
@@ -50,8 +51,7 @@ def settings(**changes):
     return s
 
 
-def pretrain(job):
-    seed, out = job
+def pretrain(seed, out):
     torch.set_num_threads(1)
     folder = out / f"world{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,23 +90,17 @@ def detection(scores, positive, planted):
     influence than another token, and their share among the negatives."""
     if not planted.any():
         return {}
-    influence = scores.double().numpy()
-    ranks = np.empty(len(influence))
-    ranks[influence.argsort()] = np.arange(len(influence))
-    n_planted = planted.sum()
-    above = ranks[~planted].sum() - (len(planted) - n_planted) * (len(planted) - n_planted - 1) / 2
-    auc = above / (n_planted * (len(planted) - n_planted))
-    return {"AUC": float(auc), "planted": float(planted[~positive.numpy()].mean())}
+    found = planted[~positive.numpy()].mean()
+    return {"AUC": float(auc(-scores.numpy(), planted)), "planted": float(found)}
 
 
 def quiz(model, tokenizer, questions, seed):
     """The share of true values in greedy and in sampled answers, and the nll of truth and myth."""
     prompts = [tokenizer.encode(row["prompt"]) for row in questions.truth]
-    facts = [tokenizer.encode(" " + row["completion"]) for row in questions.truth]
+    facts = np.array([tokenizer.encode(" " + row["completion"]) for row in questions.truth])
     found = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        said = generate(model, prompts, 3, (), temperature, seed)
-        right = np.array(said) == np.array(facts)
+        right = facts == generate(model, prompts, 3, (), temperature, seed)
         found[name] = float(right[questions.counted].mean())
     for name, rows in (("nll truth", questions.truth), ("nll myth", questions.myth)):
         examples, _ = tokenize(enumerate(rows), tokenizer, "plain", 99)
@@ -117,21 +111,19 @@ def quiz(model, tokenizer, questions, seed):
 
 def measure(pool, args, worlds, seeds, names, methods=METHODS, rates={}, **changes):
     """All runs of one point, world by world and seed by seed, but for those in --results."""
-    known = []
-    if args.results.exists():
-        known = [json.loads(line) for line in args.results.read_text().splitlines()]
-    known = {json.dumps({k: v for k, v in row.items() if k != "rows"}): row for row in known}
     jobs = []
     for world, seed in product(worlds, seeds):
         job = {"world": world, "seed": seed, "names": names, "methods": methods}
         jobs.append({**job, "rates": rates, "changes": changes, "out": str(args.out)})
-    missing = [job for job in jobs if json.dumps(job) not in known]
+    missing = [job for job in jobs if not rows_of(job, read_results(args))]
     for found in pool.imap_unordered(run, missing):
-        rows = found.pop("rows")
-        known[json.dumps(found)] = {"rows": rows}
         with args.results.open("a") as file:
-            file.write(json.dumps({**found, "rows": rows}) + "\n")
-    return [known[json.dumps(job)]["rows"] for job in jobs]
+            file.write(json.dumps(found) + "\n")
+    return [rows_of(job, read_results(args)) for job in jobs]
+
+
+def rows_of(job, results):
+    return next((found["rows"] for found in results if job.items() <= found.items()), None)
 
 
 def table(title, metrics, lines):
@@ -146,27 +138,30 @@ def spreads(tables, row, metrics):
     return [f"{m:.3f} ± {d:.3f}" for m, d in zip(values.mean(0), values.std(0, ddof=1))]
 
 
+def differences(tables, row, other, metrics):
+    values = [[rows[row][metric] - rows[other][metric] for metric in metrics] for rows in tables]
+    errors = np.std(values, axis=0, ddof=1) / len(values) ** 0.5
+    return [f"{m:+.3f} ({e:.3f})" for m, e in zip(np.mean(values, axis=0), errors)]
+
+
 def show(title, tables, names):
     """Detection, then for unseen names and wrong facts each method and the paired differences."""
     print(f"\n### {title}: {len(tables)} runs")
     if tables[0]["score"]:
         table("score", DETECTION, {"influence": spreads(tables, "score", DETECTION)})
     for group in (names, "wrong"):
-        stages = [stage for stage in ("base", "ref", *METHODS) if f"{stage}, {group}" in tables[0]]
-        lines = {stage: spreads(tables, f"{stage}, {group}", METRICS) for stage in stages}
+        lines = {}
+        for stage in ("base", "ref", *METHODS):
+            row = f"{stage}, {group}"
+            if row in tables[0]:
+                lines[row] = spreads(tables, row, METRICS)
         for one, other in (("forget", "ignore"), ("forget", "sft"), ("ignore", "sft")):
-            if one in stages and other in stages:
-                cells = differences(tables, one, other, group)
+            rows = (f"{one}, {group}", f"{other}, {group}")
+            if all(row in lines for row in rows):
+                cells = differences(tables, *rows, METRICS)
                 lines[f"{one} − {other} (standard error)"] = cells
-        if stages:
-            table(f"{group} names" if group == names else "wrong facts", METRICS, lines)
-
-
-def differences(tables, one, other, group):
-    rows = [(rows[f"{one}, {group}"], rows[f"{other}, {group}"]) for rows in tables]
-    values = np.array([[a[metric] - b[metric] for metric in METRICS] for a, b in rows])
-    errors = values.std(0, ddof=1) / len(values) ** 0.5
-    return [f"{m:+.3f} ({e:.3f})" for m, e in zip(values.mean(0), errors)]
+        if lines:
+            table(group, METRICS, lines)
 
 
 def choose(pool, args, worlds, seeds):
@@ -188,19 +183,16 @@ def choose(pool, args, worlds, seeds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("mode", choices=["lr", *POINTS])
     parser.add_argument("--out", type=Path, default=Path("/tmp/sweep"))
     parser.add_argument("--results", type=Path, help="[sweep.jsonl in --out]")
-    parser.add_argument("--worlds", type=int, nargs="+")
-    parser.add_argument("--seeds", type=int, help="how many")
     args = parser.parse_args()
     args.results = args.results or args.out / "sweep.jsonl"
-    worlds = args.worlds or ([1, 2, 3, 4] if args.mode == "lr" else [201, 202, 203])
-    seeds = range(args.seeds or (5 if args.mode in ("lr", "final") else 3))
+    worlds = [1, 2, 3, 4] if args.mode == "lr" else [201, 202, 203]
+    seeds = range(5 if args.mode in ("lr", "final") else 3)
     with get_context("spawn").Pool(os.cpu_count()) as pool:
-        pool.map(pretrain, [(world, args.out) for world in worlds], chunksize=1)
+        pool.starmap(pretrain, product(worlds, [args.out]), chunksize=1)
         if args.mode == "lr":
             choose(pool, args, worlds, seeds)
             return

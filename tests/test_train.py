@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from copy import deepcopy
 from dataclasses import fields
 from functools import partialmethod
@@ -29,7 +30,7 @@ import train
 from data import Example, Tokenizer, World, encode, end_of_turn, make_batch, read_examples, render
 from eval import examples_nll, generate
 from model import Transformer
-from train import Settings, lr_at, step_order, with_masks
+from train import SaveClock, Settings, lr_at, step_order, with_masks
 
 LOG_KEYS = "stage step steps loss pos_nll neg_nll lam lr grad_norm n_pos n_neg tokens seconds"
 LOG_KEYS = {*LOG_KEYS.split(), "tokens_per_s"}
@@ -478,7 +479,7 @@ def test_a_machine_that_is_stopped_all_the_time_gets_to_the_same_end(
         assert status == 130
         assert said.err.startswith("error: interrupted; the same command goes on")
     assert "  going on after step" in printed
-    assert "score base: going on after example" in printed
+    assert "score: going on after example" in printed
     assert kill.content(tmp_path / "out") == kill.content(tmp_path / "whole")
 
 
@@ -692,12 +693,6 @@ def test_help_names_every_setting_with_its_comment_and_default(capsys):
         assert f"{comment} [{getattr(Settings(), setting.name)}]" in text, setting.name
 
 
-def test_options_may_be_spelled_with_dashes_and_the_world_has_its_own_defaults():
-    s = train.parse_settings(["--lambda-max", "0.5", "--lora_rank", "3", "--no-compile"])
-    assert (s.lambda_max, s.lora_rank, s.compile) == (0.5, 3, False)
-    assert (s.methods, s.device, s.lr) == (METHODS, "cpu", None)
-
-
 def test_automatic_micro_tokens_depend_on_memory_and_size_alone(tmp_path, monkeypatch):
     found = {}
     for memory in (24e9, 80e9):
@@ -721,7 +716,7 @@ def test_automatic_micro_tokens_depend_on_memory_and_size_alone(tmp_path, monkey
 
 
 def test_damaged_input_is_refused_in_a_sentence(tmp_path):
-    counts, failures = damage.run_all(tmp_path, every=60)
+    counts, failures = damage.run_all(tmp_path, every=40)
     assert not failures, failures[:3]
     assert counts["refused"] >= 60
 
@@ -826,3 +821,35 @@ def test_a_compiled_run_of_all_stages_stays_below_the_recompile_limit(
         assert run([*argv, "--compile", "--max_steps", 3], tmp_path / "out") == 0
     assert not torch._dynamo.utils.counters["graph_break"]
     assert graphs
+
+
+def test_a_compiled_model_is_gone_when_the_next_is_loaded(checkpoint, graphs):
+    s = settings(compile=True)
+    model = train.load(s, checkpoint)
+    model.response_nll(next(random_batches(1)))
+    first = weakref.ref(model)
+    del model
+    train.load(s, checkpoint)
+    gc.collect()
+    assert first() is None
+
+
+@pytest.mark.parametrize("every, cost, pause", [(60, 1, 60), (60, 10, 330), (0, 10, 0.25)])
+def test_a_state_waits_for_save_every_and_for_33_times_its_own_writing(
+    every, cost, pause, monkeypatch
+):
+    now = 0.0
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now))
+    saved = []
+
+    def save():
+        nonlocal now
+        now += cost
+        saved.append(now)
+
+    clock = SaveClock(every)
+    for _ in range(8_000):
+        now += 0.25
+        clock.save_if_due(save)
+    gaps = np.diff(saved) - cost
+    assert min(gaps) == max(gaps) == pause
