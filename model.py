@@ -77,9 +77,10 @@ def visible(text):
 def run_command(main):
     """Run main() as a command: what the user can mend ends in a sentence and a status (2: input,
     130: interrupted, 1: anything else), not in a traceback."""
-    # Else oneDNN keeps every matrix product that it compiles, of ever new shapes: 0.6 GB on a CPU.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+    # On a CPU oneDNN keeps the matrix products that it compiles, of ever new shapes: by default
+    # 1,024, which takes memory. Fewer than a step needs (64, say) make it compile all the time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
     for stream in (sys.stdout, sys.stderr):  # it may not be UTF-8: on Windows, in a pipe
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -87,7 +88,8 @@ def run_command(main):
         main()
         return
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; the same command goes on from the last saved state"
+        print("interrupted: the same command goes on from the last saved state", file=sys.stderr)
+        sys.exit(130)
     except InputError as error:
         status, message = 2, error
     except (torch.OutOfMemoryError, MemoryError) as error:

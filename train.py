@@ -43,7 +43,7 @@ class Settings:
     data: list[str] = field(default_factory=list)  # training files: .jsonl or .json, plain or .gz
     ref_data: list[str] = field(default_factory=list)  # files of D_ref; none = a share of --data
     ref_fraction: float = 1 / 6  # share of --data split off at random for D_ref
-    methods: list[str] = field(default_factory=lambda: ["forget"])  # any of sft ignore forget
+    methods: list[str] = field(default_factory=lambda: ["forget"])  # any of: sft ignore forget
     rho: float = 0.7  # share of the response tokens that are positive
     lambda_max: float = 0.25  # weight of forgetting that the last step comes near
     lambda_min: float = 1e-5  # weight of forgetting at the first step
@@ -110,6 +110,7 @@ def pipeline(s, base, data, ref_data, out):
     scores = influence(nll_base, nll_ref)
     warn_of_rounding(scores)
     positive = partition(scores, s.rho)
+    refuse_other_partition(positive, out)
     save_scores(s, data, nll_base, nll_ref, scores, positive, out)
 
     for method in s.methods:
@@ -278,8 +279,8 @@ def print_step(record, vocab_size):
     line = f"{record['stage']} {record['step']}/{record['steps']}  loss {record['loss']:.3f}"
     line += f"  P {record['pos_nll']:.3f}"
     if record["n_neg"] > 0:
-        line += f"  N {record['neg_nll']:.3f}"
-    line += f"  lam {record['lam']:.3f}  norm {record['grad_norm']:.2f}"
+        line += f"  N {record['neg_nll']:.3f}  lam {record['lam']:.3f}"
+    line += f"  norm {record['grad_norm']:.2f}"
     line += f"  {record['tokens_per_s']:.0f} tok/s"
     # Beyond ln V, the nll of a uniform guess, N is unlearned, and what ascent still moves is all
     # the rest: in the embedded world (ln V = 6.4) accuracy fell from about 6 nats on.
@@ -416,6 +417,19 @@ def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
     publish(out / "scores.safetensors", lambda part: save_tensors(part, tensors, facts))
     remove(out / "nll_base.safetensors")
     remove(out / "nll_ref.safetensors")
+
+
+def refuse_other_partition(positive, out):
+    """After an edit, what was trained on the old partition must not stand beside the new one."""
+    file = out / "scores.safetensors"
+    trained = [str(out / name) for name in ("ignore", "forget") if (out / name).exists()]
+    if not trained or not file.exists():
+        return
+    with reading(file), safe_open(file, framework="pt") as scores:
+        before = scores.get_tensor("positive")[scores.get_tensor("response").bool()]
+    if not torch.equal(before.bool(), positive):
+        names = " and ".join(trained)
+        raise InputError(f"the partition is another than the one of {names}: remove them")
 
 
 def warn_of_rounding(scores):
@@ -584,7 +598,8 @@ def start_run(s, out, sources):
         if "train.py" in edited:  # which may have got a new setting
             settings = {name: settings[name] for name in settings if name in before["settings"]}
         changed = [f"--{name}" for name in differing(settings, before["settings"])]
-        changed += differing(sources, before["sources"])
+        if not changed:  # the data are digested as other settings may have tokenised them
+            changed = differing(sources, before["sources"])
     if changed:
         names = ", ".join(changed)
         raise InputError(f"{out} was made with another {names}: use another --out, or remove {out}")
@@ -773,7 +788,10 @@ def parse_settings(argv):
     defaults = Settings()
     for setting in fields(Settings):
         name = setting.name
-        text = f"{helps[name]} [{getattr(defaults, name)}]"
+        text = helps[name]
+        default = getattr(defaults, name)
+        if default not in ("", None, []):
+            text += f" [{default}]"
         if WORLD.get(name) is not None:
             text += f" [world: {WORLD[name]}]"
         how = {"type": setting.type}
