@@ -26,7 +26,7 @@ def token_nll(hidden, head_weight, targets):
     if hidden.shape != expected or targets.ndim != 1:
         shapes = f"{list(hidden.shape)}, {list(head_weight.shape)}, {list(targets.shape)}"
         raise ValueError(f"token_nll expects shapes [N, d], [V, d] and [N], got {shapes}")
-    logits_at_once = 2**27 if hidden.is_cuda else 2**24
+    logits_at_once = 2**27 if hidden.is_cuda else 2**23
     rows = max(1, logits_at_once // len(head_weight))
     nll = []
     for some_hidden, some_targets in zip(hidden.split(rows), targets.split(rows)):

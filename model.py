@@ -271,10 +271,14 @@ def read_config(raw):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight in the dtype of x, whatever that of the weight."""
+    """x / sqrt(mean(x^2) + eps) * weight, in the dtype of x. Unlike F.rms_norm, which on a CPU
+    keeps x in float32 for the backward pass, it keeps x and one number a row."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # [..., 1]
+        scale = torch.rsqrt(length**2 / x.shape[-1] + self.eps)
+        return (x * scale).to(x.dtype) * self.weight.to(x.dtype)
 
 
 def rotary(positions, config, dtype):
@@ -295,6 +299,17 @@ def rotary(positions, config, dtype):
 def rotate(x, cos, sin):
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+
+
+def keep_mask(x, p):
+    """A random mask like x, True with probability 1 - p: dropout without its scale."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.rand_like(x, dtype=torch.float32) >= p
+    # A CPU draws one number after another: take four of 16 bits from each of 64. It buys a tenth of
+    # a step with LoRA.
+    draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15
+    return kept.view(x.shape)
 
 
 class Linear(nn.Linear):
@@ -323,9 +338,7 @@ class Linear(nn.Linear):
             return y
         scaling = self.scaling
         if self.training and self.dropout > 0:
-            # Not F.dropout: its mask is drawn one element at a time on a CPU.
-            keep = torch.rand_like(x, dtype=torch.float32) >= self.dropout
-            x = x * keep
+            x = x * keep_mask(x, self.dropout)
             scaling = scaling / (1 - self.dropout)
         low = scaling * F.linear(x, self.lora_A.to(x.dtype))  # [..., rank]
         return y + F.linear(low, self.lora_B.to(x.dtype))

@@ -34,9 +34,9 @@ def exact(hidden, head, targets, weights):
 def chunked(logits_at_once):
     """token_nll as a copy of forget.py has it that allows fewer logits at once."""
     source = (ROOT / "forget.py").read_text()
-    assert source.count("2**24") == 1
+    assert source.count("2**23") == 1
     copy = {}
-    exec(source.replace("2**24", str(logits_at_once)), copy)
+    exec(source.replace("2**23", str(logits_at_once)), copy)
     return copy["token_nll"]
 
 

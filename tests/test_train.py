@@ -29,7 +29,7 @@ import model as model_module
 import train
 from data import Example, Tokenizer, World, encode, end_of_turn, make_batch, read_examples, render
 from eval import examples_nll, generate
-from model import Transformer
+from model import InputError, Transformer
 from train import SaveClock, Settings, lr_at, step_order, with_masks
 
 LOG_KEYS = "stage step steps loss pos_nll neg_nll lam lr grad_norm n_pos n_neg tokens seconds"
@@ -870,3 +870,43 @@ def test_a_state_waits_for_save_every_and_for_33_times_its_own_writing(
         clock.save_if_due(save)
     gaps = np.diff(saved) - cost
     assert min(gaps) == max(gaps) == pause
+
+
+def test_max_len_above_the_positions_of_the_model_is_lowered_and_said(checkpoint, rows, capsys):
+    s = settings(model=str(checkpoint), data=[rows[0]], max_len=513)
+    train.real_data(s)
+    assert s.max_len == 512
+    said = capsys.readouterr().out
+    assert "--max_len is lowered to 512" in said
+    assert "the template is plain" in said
+    s = settings(model=str(checkpoint), data=[rows[0]], max_len=512)
+    train.real_data(s)
+    assert "lowered" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_ref_fraction_that_leaves_nothing_names_one_that_works(n, checkpoint, rows, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(rows[0].read_text().splitlines(keepends=True)[:n]))
+    for fraction in (0.0, 1e-4, 1.0):
+        s = settings(model=str(checkpoint), data=[file], template="plain", ref_fraction=fraction)
+        with pytest.raises(InputError, match="give --ref_data") as refused:
+            train.real_data(s)
+        found = re.search(r", or ([\d.]+)", str(refused.value))
+        assert bool(found) == (n > 1)
+        if found:
+            s.ref_fraction = float(found[1])
+            examples, ref_examples = train.real_data(s)
+            assert len(examples) + len(ref_examples) == n
+
+
+def test_without_a_compiler_one_sentence_names_no_compile(checkpoint, rows, tmp_path):
+    argv = [*LORA, "--model", checkpoint, "--data", rows[0], "--compile", "--out", tmp_path / "out"]
+    environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    command = [sys.executable, ROOT / "train.py", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: torch.compile failed: --no-compile"), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
