@@ -395,6 +395,7 @@ def read_nll(path, counts):
 def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
     """Write D_train with all that is known of its tokens, flat and in file order; 0 outside the
     responses."""
+    threshold = float(torch.where(positive, scores, math.inf).min())  # of the positive tokens
     response = torch.from_numpy(np.concatenate([example.response for example in data]))
 
     def in_place(values):
@@ -412,7 +413,6 @@ def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
         "influence": in_place(scores),
         "positive": in_place(positive.view(torch.uint8)),
     }
-    threshold = float(scores[positive].min()) if positive.any() else math.inf
     facts = {"rho": str(s.rho), "threshold": str(threshold)}
     publish(out / "scores.safetensors", lambda part: save_tensors(part, tensors, facts))
     remove(out / "nll_base.safetensors")
