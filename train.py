@@ -422,7 +422,8 @@ def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
 def refuse_other_partition(positive, out):
     """After an edit, what was trained on the old partition must not stand beside the new one."""
     file = out / "scores.safetensors"
-    trained = [str(out / name) for name in ("ignore", "forget") if (out / name).exists()]
+    made = ("ignore", "forget", "state.safetensors")  # the last is a stage that is half done
+    trained = [str(out / name) for name in made if (out / name).exists()]
     if not trained or not file.exists():
         return
     with reading(file), safe_open(file, framework="pt") as scores:
