@@ -109,9 +109,10 @@ def pipeline(s, base, data, ref_data, out):
     nll_ref = score(s, "ref", base, data, out)
     scores = influence(nll_base, nll_ref)
     warn_of_rounding(scores)
+    del nll_base, nll_ref  # save_scores reads their files: a million examples fit in 8 GB so
     positive = partition(scores, s.rho)
     refuse_other_partition(positive, out)
-    save_scores(s, data, nll_base, nll_ref, scores, positive, out)
+    save_scores(s, data, scores, positive, out)
 
     for method in s.methods:
         tune(s, method, base, with_masks(data, positive, method), out)
@@ -327,19 +328,15 @@ def load_reference(s, base, out):
 @torch.no_grad()
 def score(s, name, base, data, out):
     """nll [n] float32 of all response tokens of D_train, in file order, under the base model or the
-    reference. What an interrupted call has scored is kept in out/nll_NAME.safetensors."""
-    final = out / "scores.safetensors"
-    counts = [int(example.response.sum()) for example in data]
-    if final.exists():
-        print(f"score: nll_{name} taken from {final} (remove it to score again)")
-        with reading(final), safe_open(final, framework="pt") as scores:
-            nll = scores.get_tensor(f"nll_{name}")[scores.get_tensor("response").bool()]
-        if len(nll) != sum(counts):
-            raise InputError(f"{final} has {len(nll)} tokens, expected {sum(counts)}: remove it")
-        return nll
+    reference. It is kept in out/nll_NAME.safetensors, where the next call goes on or takes it."""
     began = time.perf_counter()
-    state = out / f"nll_{name}.safetensors"
-    pieces, done = read_nll(state, counts)
+    file = out / f"nll_{name}.safetensors"
+    pieces, done = read_nll(file, data)
+    if done == len(data):
+        print(f"score: nll_{name} taken from {file} (remove it to score again)")
+        return pieces[0]
+    if done > 0:
+        print(f"score: going on after example {done}")
     model = load(s, base) if name == "base" else load_reference(s, base, out)
     micro_tokens = s.micro_tokens
     if model.device.type == "cuda":
@@ -355,20 +352,19 @@ def score(s, name, base, data, out):
         if RANKS > 1:
             nll = nll.to(model.device)
             dist.all_reduce(nll)
+        if not nll.isfinite().all():
+            raise InputError(f"the {name} model gives an nll of NaN: it is broken")
         pieces.append(nll.cpu())
         done += len(piece)
         if time.perf_counter() > printed + 10 or done == len(data):
             printed = time.perf_counter()
             print(f"score {name} {done:,}/{len(data):,} examples", flush=True)
         if RANK == 0:
-            clock.save_if_due(lambda: save_nll(state, pieces, done))
-    nll = torch.cat(pieces)
-    if not nll.isfinite().all():
-        raise InputError(f"the {name} model gives an nll of NaN: it is broken")
+            clock.save_if_due(lambda: save_nll(file, pieces, done))
     if RANK == 0:
-        save_nll(state, pieces, done)
+        save_nll(file, pieces, done)
     SECONDS[f"score {name}"] = time.perf_counter() - began
-    return nll
+    return torch.cat(pieces)
 
 
 def save_nll(path, pieces, done):
@@ -377,46 +373,52 @@ def save_nll(path, pieces, done):
     write_whole(path, lambda part: save_tensors(part, tensors, {"examples": str(done)}))
 
 
-def read_nll(path, counts):
-    """The same (pieces, done) again, if an interrupted call has left it; counts [n] are the
-    response tokens of each example."""
+def read_nll(path, data):
+    """The same ([nll], done) again, if an earlier call has left it."""
     if not path.exists():
         return [], 0
     with reading(f"{path} (remove it to score again)"):
         with safe_open(path, framework="pt") as kept:
             nll = kept.get_tensor("nll")
             done = int(kept.metadata()["examples"])
-        if len(nll) != sum(counts[:done]):
-            raise InputError(f"{len(nll)} tokens, expected {sum(counts[:done])}")
-    print(f"score: going on after example {done}")
+        expected = sum(int(example.response.sum()) for example in data[:done])
+        if len(nll) != expected:
+            raise InputError(f"{len(nll)} tokens, expected {expected}")
     return [nll], done
 
 
-def save_scores(s, data, nll_base, nll_ref, scores, positive, out):
+def save_scores(s, data, scores, positive, out):
     """Write D_train with all that is known of its tokens, flat and in file order; 0 outside the
     responses."""
     threshold = float(torch.where(positive, scores, math.inf).min())  # of the positive tokens
-    response = torch.from_numpy(np.concatenate([example.response for example in data]))
+    offsets = np.cumsum([0, *(len(example.ids) for example in data)])
+    response = torch.zeros(offsets[-1], dtype=torch.bool)
+    for example, start in zip(data, offsets):
+        response[start : start + len(example.ids)] = torch.from_numpy(example.response)
 
     def in_place(values):
         # Not flat[response] = values: that makes an index of 8 bytes a token.
         flat = torch.zeros(len(response), dtype=values.dtype)
         return flat.masked_scatter_(response, values)
 
-    lengths = [len(example.ids) for example in data]
-    tensors = {
-        "tokens": torch.from_numpy(np.concatenate([example.ids for example in data])),
-        "offsets": torch.from_numpy(np.cumsum([0, *lengths])),
-        "response": response.view(torch.uint8),
-        "nll_base": in_place(nll_base),
-        "nll_ref": in_place(nll_ref),
-        "influence": in_place(scores),
-        "positive": in_place(positive.view(torch.uint8)),
-    }
-    facts = {"rho": str(s.rho), "threshold": str(threshold)}
-    publish(out / "scores.safetensors", lambda part: save_tensors(part, tensors, facts))
-    remove(out / "nll_base.safetensors")
-    remove(out / "nll_ref.safetensors")
+    def kept_nll(name):
+        [nll], _ = read_nll(out / f"nll_{name}.safetensors", data)
+        return nll
+
+    def write(part):
+        tensors = {
+            "tokens": torch.from_numpy(np.concatenate([example.ids for example in data])),
+            "offsets": torch.from_numpy(offsets),
+            "response": response.view(torch.uint8),
+            "nll_base": in_place(kept_nll("base")),
+            "nll_ref": in_place(kept_nll("ref")),
+            "influence": in_place(scores),
+            "positive": in_place(positive.view(torch.uint8)),
+        }
+        facts = {"rho": str(s.rho), "threshold": str(threshold)}
+        save_tensors(part, tensors, facts)
+
+    publish(out / "scores.safetensors", write)
 
 
 def refuse_other_partition(positive, out):

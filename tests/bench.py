@@ -547,11 +547,14 @@ def million(a, mode):
     nll_base = torch.rand(count)
     nll_ref = torch.rand(count)
     stage("digest", T.examples_digest, examples)
-    scores = stage("influence", influence, nll_base, nll_ref)
-    positive = stage("partition", partition, scores, S.rho)
     with tempfile.TemporaryDirectory() as folder:
-        found = (nll_base, nll_ref, scores, positive)
-        stage("save_scores", T.save_scores, S, examples, *found, Path(folder))
+        out = Path(folder)
+        for name, nll in (("base", nll_base), ("ref", nll_ref)):
+            stage(f"save_nll {name}", T.save_nll, out / f"nll_{name}.safetensors", [nll], a.examples)
+        scores = stage("influence", influence, nll_base, nll_ref)
+        del nll, nll_base, nll_ref
+        positive = stage("partition", partition, scores, S.rho)
+        stage("save_scores", T.save_scores, S, examples, scores, positive, out)
     masked = stage("with_masks", T.with_masks, examples, positive, "forget")
     steps = math.ceil(a.examples / 24)
     order = stage("step order", lambda: list(T.step_order(a.examples, 24, steps, 0)))

@@ -16,6 +16,7 @@ clean rows). The partition `oracle` is the planted mask itself.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from data import Tokenizer, encode, read_file, read_turns, render
 from eval import compare
-from model import pick_device, read_json, save_tensors
+from model import pick_device, read_json
 
 TEMPLATE = "chatml"
 POLITE = "Thank you so much for asking, it is a real pleasure to help you with this."
@@ -49,7 +50,7 @@ REFS = {  # the kinds of D_ref for each noise
     "none": ("clean",),
     "pool": ("clean",),
 }
-LEARNING_RATES = (2e-4, 5e-4, 1e-3)
+LEARNING_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 BINS = (0, 0.2, 0.5, 1, 2, 3, 5, 8, np.inf)  # of nll_base
 BENCHMARKS = {  # task: (file, items on a CPU)
     "truthfulqa_mc1": ("truthfulqa/mc_task.json", 50),
@@ -75,7 +76,7 @@ class Case:
 
 
 def prepare(args, noise, seed):
-    home = Path(args.work, f"{noise}-{seed}")
+    home = Path(args.work, f"{noise}-{seed}-{args.lr:g}")
     home.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_pretrained(args.model)
     rng = np.random.default_rng(seed)
@@ -275,10 +276,7 @@ def score_tokens(case, ref):
     train.start_run(s, out, sources)
     # The base model's nll does not depend on D_ref: the first one scored it.
     for scores in case.home.glob("*/scores.safetensors"):
-        tensors = load_file(scores)
-        nll_base = tensors["nll_base"][tensors["response"].bool()]
-        facts = {"examples": str(len(data))}
-        save_tensors(out / "nll_base.safetensors", {"nll": nll_base}, facts)
+        shutil.copy(scores.with_name("nll_base.safetensors"), out)
     train.pipeline(s, Path(s.model), data, ref_data, out)
 
 
@@ -381,7 +379,7 @@ def measure_lr(args, noise, seed):
             continue
         case = prepare(args, noise, seed)
         s, data, _ = read_data(case, REFS[noise][0])
-        out = case.home / f"lr-{args.lr:g}"
+        out = case.home / "tuned"
         out.mkdir(exist_ok=True)
         train.tune(s, "sft", Path(args.model), data, out)
         result = evaluate(out / "sft", "nll", case.home / "held.jsonl", out / "held.jsonl")
@@ -645,7 +643,7 @@ def parse_arguments():
     refs = ("noisy", "clean", "large", "oracle")
     add("--refs", nargs="+", default=refs, choices=refs, help="D_ref, or the planted mask [all]")
     add("--seeds", nargs="+", type=int, help="of rows, split, noise, order [1 2 3; lr: 0]")
-    add("--lr", type=float, default=5e-4, help="learning rate, chosen by mode lr [5e-4]")
+    add("--lr", type=float, default=2e-3, help="learning rate, chosen by mode lr [2e-3]")
     add("--limit", type=int, help="benchmarks: items of each, 0 = all [100, TruthfulQA 50]")
     add("--parallel", type=int, default=1, help="seeds and noises side by side [1]")
     return parser.parse_args()

@@ -103,7 +103,7 @@ def content(out):
 
 def stage_of(out):
     """What a run was at, from what it has written."""
-    if list(out.glob("nll_*")):
+    if (out / "ref").exists() and not (out / "scores.safetensors").exists():
         return "scoring"
     there = [stage for stage in STAGES if (out / stage).exists()]
     return f"after {there[-1]}" if there else "start"

@@ -236,8 +236,9 @@ def lora_run(checkpoint, rows, tmp_path_factory):
 
 def test_a_run_writes_the_files_and_the_log_of_the_contract(finished):
     out, _ = finished
-    files = "log.jsonl ref report.html run.json scores.safetensors summary.json".split()
-    assert sorted(file.name for file in out.iterdir()) == sorted([*files, *METHODS])
+    files = "log.jsonl nll_base.safetensors nll_ref.safetensors ref report.html run.json".split()
+    files += ["scores.safetensors", "summary.json", *METHODS]
+    assert sorted(file.name for file in out.iterdir()) == sorted(files)
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["table"]) == ["base", *METHODS]
     assert {"ref", "score base", "score ref", *METHODS} == set(summary["seconds"])
@@ -316,7 +317,7 @@ def test_the_same_command_again_says_what_it_reuses_and_makes_what_is_lost(
     said = capsys.readouterr().out
     for stage in ("ref", "sft", "ignore"):
         assert f"{stage}: taken from {out / stage} (remove it to train it again)" in said
-    assert f"nll_base taken from {out / 'scores.safetensors'} (remove it" in said
+    assert f"nll_base taken from {out / 'nll_base.safetensors'} (remove it" in said
     assert said.count("steps of") == 1
     assert kill.content(out) == kill.content(finished[0])
 
