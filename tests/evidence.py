@@ -11,7 +11,8 @@ Noise is planted in short rows of Dolly, so that the truth about each token is k
 mismatched, 40 % of the answers exchanged among themselves; polite, one sentence at the start of
 40 % of the answers; none. `pool` (for benchmarks) is Dolly, GSM8K and OpenAssistant without noise.
 D_ref is noisy (as D_train is), clean (the same rows without noise) or large (five times as many
-clean rows). The partition `oracle` is the planted mask itself.
+clean rows). Two partitions come from no influence: `oracle` is the planted mask itself, `nll_ref`
+calls the tokens negative that the last of these references finds the most surprising.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import forget
 import train
 from data import Tokenizer, encode, read_file, read_turns, render
 from eval import compare
@@ -292,7 +294,7 @@ def score_figures(file, planted):
     nll_base = tensors["nll_base"][response].astype(float)
     nll_ref = tensors["nll_ref"][response].astype(float)
     influence = tensors["influence"][response].astype(float)
-    negative = ~tensors["positive"][response].astype(bool)
+    positive = tensors["positive"][response].astype(bool)
 
     # Each score is turned so that planted tokens should have more of it.
     suspicion = {
@@ -310,6 +312,8 @@ def score_figures(file, planted):
     is_end = np.zeros(len(planted), dtype=bool)
     is_end[np.cumsum(counts) - 1] = True
     words = ~is_end
+    # What "another influence" would call negative: those of highest nll_ref, as many.
+    surprising = np.argsort(nll_ref, kind="stable")[int(positive.sum()) :]
     some = planted.any()
     figures = {
         "tokens": len(planted),
@@ -323,8 +327,9 @@ def score_figures(file, planted):
         "influence_end": influence[is_end].mean(),
         "influence_right_without_end": influence[words & ~planted].mean(),
         "planted": planted.mean(),
-        "planted_of_negative": planted[negative].mean(),
-        "negative_of_planted": negative[planted].mean() if some else None,
+        "planted_of_negative": planted[~positive].mean(),
+        "planted_of_negative_by_nll_ref": planted[surprising].mean(),
+        "negative_of_planted": (~positive)[planted].mean() if some else None,
         "influence_right": influence[~planted].mean(),
         "influence_planted": influence[planted].mean() if some else None,
         "influence_std": influence.std(),
@@ -337,7 +342,7 @@ def score_figures(file, planted):
         means = {"from": low, "tokens": int(inside.sum())}
         if inside.any():
             means["influence"] = influence[inside].mean()
-            means["negative"] = negative[inside].mean()
+            means["negative"] = (~positive)[inside].mean()
             means["planted"] = planted[inside].mean()
         figures["bins"].append(means)
     return figures
@@ -414,8 +419,8 @@ def chosen_methods(args, noise):
     yield "", "base"
     yield "", "sft"
     partitions = chosen_refs(args, noise)
-    if "oracle" in args.refs and noise in ("mismatched", "polite"):
-        partitions.append("oracle")
+    if noise in ("mismatched", "polite"):
+        partitions += [name for name in ("oracle", "nll_ref") if name in args.refs]
     for partition in partitions:
         yield partition, "ignore"
         yield partition, "forget"
@@ -463,16 +468,20 @@ def trained(case, partition, method):
     """The checkpoint of a method."""
     if method == "base":
         return case.args.model
-    ref = REFS[case.noise][0] if partition in ("", "oracle") else partition
-    if partition != "oracle":
+    if partition not in ("oracle", "nll_ref"):
+        ref = partition or REFS[case.noise][0]
         score_tokens(case, ref)
         command = [sys.executable, str(ROOT / "train.py"), *options(case, ref)]
         subprocess.run([*command, "--methods", method], check=True)
         return case.home / ref / method
-    # Ignoring or forgetting with the planted mask itself as the partition
+    ref = REFS[case.noise][-1]
     s, data, _ = read_data(case, ref)
     positive = torch.from_numpy(~np.concatenate(case.planted))
-    out = case.home / "oracle"
+    if partition == "nll_ref":
+        score_tokens(case, ref)
+        nll_ref = load_file(case.home / ref / "nll_ref.safetensors")["nll"]
+        positive = forget.partition(-nll_ref, s.rho)
+    out = case.home / partition
     out.mkdir(exist_ok=True)
     train.tune(s, method, Path(s.model), train.with_masks(data, positive, method), out)
     return out / method
@@ -557,7 +566,8 @@ def print_finding(scores):
     by_example = []
     for (noise, ref), some in scores:
         aucs = [over_seeds(some, "auc_without_end", name) for name in names]
-        shares = ("auc_in_strata_without_end", "planted_of_negative", "planted")
+        shares = ("auc_in_strata_without_end", "planted_of_negative")
+        shares += ("planted_of_negative_by_nll_ref", "planted")
         aucs += [over_seeds(some, name) for name in shares]
         by_token.append([noise, ref, len(some), *aucs])
         aucs = [over_seeds(some, "auc_by_example", name) for name in names]
@@ -567,7 +577,8 @@ def print_finding(scores):
     title = "AUC of planted tokens (0.5 is chance, 1 finds them all), leaving out those that end"
     title += " answers; mean ± deviation over seeds"
     columns = ["noise", "D_ref", "seeds", *found]
-    more = ["low influence in strata of nll_base", "planted of negative", "planted of all"]
+    more = ["low influence in strata of nll_base", "planted of negative"]
+    more += ["planted of negative by nll_ref", "planted of all"]
     print_table(title, columns + more, by_token)
     title = "The same by example, of the mean over its response tokens; mean influence in nats"
     more = ["influence of right", "of planted", "of ends", "deviation"]
@@ -640,8 +651,8 @@ def parse_arguments():
     parts = ("scores", "train")
     add("--parts", nargs="+", default=parts, choices=parts, help="of planted [all]")
     add("--noises", nargs="+", choices=REFS, help="[planted: all three; diversity, lr: none]")
-    refs = ("noisy", "clean", "large", "oracle")
-    add("--refs", nargs="+", default=refs, choices=refs, help="D_ref, or the planted mask [all]")
+    refs = ("noisy", "clean", "large", "oracle", "nll_ref")
+    add("--refs", nargs="+", default=refs, choices=refs, help="D_ref, or what replaces it [all]")
     add("--seeds", nargs="+", type=int, help="of rows, split, noise, order [1 2 3; lr: 0]")
     add("--lr", type=float, default=2e-3, help="learning rate, chosen by mode lr [2e-3]")
     add("--limit", type=int, help="benchmarks: items of each, 0 = all [100, TruthfulQA 50]")
