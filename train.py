@@ -109,7 +109,7 @@ def pipeline(s, base, data, ref_data, out):
     nll_ref = score(s, "ref", base, data, out)
     scores = influence(nll_base, nll_ref)
     warn_of_rounding(scores)
-    del nll_base, nll_ref  # save_scores reads their files: a million examples fit in 8 GB so
+    del nll_base, nll_ref  # kept in files, so that a million examples fit in 8 GB
     positive = partition(scores, s.rho)
     refuse_other_partition(positive, out)
     save_scores(s, data, scores, positive, out)
@@ -148,6 +148,7 @@ def tune(s, stage, start, examples, out):
         s = replace(s, lr=WORLD_LR[stage])
     model = load(s, start, to_train=True)
     train(model, examples, s, stage, out)
+    remove(out / f"nll_{stage}.safetensors")  # that of a model which stood here before
     if stage == "ref" and s.lora_rank > 0:
         # Merged into bfloat16 weights, its small updates would be rounded: keep the adapter.
         publish(out / stage, lambda part: save_adapter(model, part))
@@ -328,15 +329,16 @@ def load_reference(s, base, out):
 @torch.no_grad()
 def score(s, name, base, data, out):
     """nll [n] float32 of all response tokens of D_train, in file order, under the base model or the
-    reference. It is kept in out/nll_NAME.safetensors, where the next call goes on or takes it."""
+    reference. Kept in out/nll_NAME.safetensors: a later call takes it, or goes on from there."""
     began = time.perf_counter()
     file = out / f"nll_{name}.safetensors"
-    pieces, done = read_nll(file, data)
+    nll, done = read_nll(file, data)
     if done == len(data):
         print(f"score: nll_{name} taken from {file} (remove it to score again)")
-        return pieces[0]
+        return nll
     if done > 0:
-        print(f"score: going on after example {done}")
+        print(f"score {name}: going on after example {done}")
+    pieces = [nll]
     model = load(s, base) if name == "base" else load_reference(s, base, out)
     micro_tokens = s.micro_tokens
     if model.device.type == "cuda":
@@ -353,7 +355,7 @@ def score(s, name, base, data, out):
             nll = nll.to(model.device)
             dist.all_reduce(nll)
         if not nll.isfinite().all():
-            raise InputError(f"the {name} model gives an nll of NaN: it is broken")
+            raise InputError(f"the {name} model gives an nll of NaN or infinity: it is broken")
         pieces.append(nll.cpu())
         done += len(piece)
         if time.perf_counter() > printed + 10 or done == len(data):
@@ -374,24 +376,27 @@ def save_nll(path, pieces, done):
 
 
 def read_nll(path, data):
-    """The same ([nll], done) again, if an earlier call has left it."""
+    """(nll of the first `done` examples, done) that an earlier call has left, if there was one."""
     if not path.exists():
-        return [], 0
+        return torch.zeros(0), 0
     with reading(f"{path} (remove it to score again)"):
         with safe_open(path, framework="pt") as kept:
             nll = kept.get_tensor("nll")
-            done = int(kept.metadata()["examples"])
+            done = int((kept.metadata() or {})["examples"])
         expected = sum(int(example.response.sum()) for example in data[:done])
-        if len(nll) != expected:
-            raise InputError(f"{len(nll)} tokens, expected {expected}")
-    return [nll], done
+        if not 0 <= done <= len(data) or nll.shape != (expected,) or nll.dtype != torch.float32:
+            raise InputError(f"not the nll of {done} of {len(data)} examples")
+        if not nll.isfinite().all():
+            raise InputError("it holds NaN or infinity")
+    return nll, done
 
 
 def save_scores(s, data, scores, positive, out):
-    """Write D_train with all that is known of its tokens, flat and in file order; 0 outside the
-    responses."""
+    """Write D_train with all that is known of its tokens, the nll that score has kept included,
+    flat and in file order; 0 outside the responses."""
     threshold = float(torch.where(positive, scores, math.inf).min())  # of the positive tokens
     offsets = np.cumsum([0, *(len(example.ids) for example in data)])
+    # Not a concatenation: a list of a million masks takes more memory than the result.
     response = torch.zeros(offsets[-1], dtype=torch.bool)
     for example, start in zip(data, offsets):
         response[start : start + len(example.ids)] = torch.from_numpy(example.response)
@@ -402,7 +407,7 @@ def save_scores(s, data, scores, positive, out):
         return flat.masked_scatter_(response, values)
 
     def kept_nll(name):
-        [nll], _ = read_nll(out / f"nll_{name}.safetensors", data)
+        nll, _ = read_nll(out / f"nll_{name}.safetensors", data)
         return nll
 
     def write(part):
@@ -426,13 +431,17 @@ def refuse_other_partition(positive, out):
     file = out / "scores.safetensors"
     made = ("ignore", "forget", "state.safetensors")  # the last is a stage that is half done
     trained = [str(out / name) for name in made if (out / name).exists()]
-    if not trained or not file.exists():
-        return
-    with reading(file), safe_open(file, framework="pt") as scores:
-        before = scores.get_tensor("positive")[scores.get_tensor("response").bool()]
-    if not torch.equal(before.bool(), positive):
+    same = False
+    if file.exists():
+        with reading(f"{file} (remove it, {out / 'ignore'} and {out / 'forget'})"):
+            with safe_open(file, framework="pt") as scores:
+                before = scores.get_tensor("positive")[scores.get_tensor("response").bool()]
+            same = torch.equal(before.bool(), positive)
+    if trained and not same:
         names = " and ".join(trained)
-        raise InputError(f"the partition is another than the one of {names}: remove them")
+        raise InputError(f"the partition is not known to be the one of {names}: remove them")
+    if not same:
+        remove(out / "summary.json")  # its rows are of another partition
 
 
 def warn_of_rounding(scores):
@@ -912,7 +921,8 @@ def main():
     file = out / "summary.json"
     before = read_json(file) if file.exists() else {}  # of an earlier call with other --methods
     with reading(file):
-        table = {**before.get("table", {}), **table}
+        rows = before.get("table", {}).items()
+        table = {**{name: row for name, row in rows if (out / name).exists()}, **table}
         seconds = {**before.get("seconds", {}), **SECONDS}
     summary = {"table": table, "settings": asdict(s), "seconds": seconds}
     publish(file, lambda part: part.write_text(json.dumps(summary, indent=1)))

@@ -550,7 +550,8 @@ def million(a, mode):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         for name, nll in (("base", nll_base), ("ref", nll_ref)):
-            stage(f"save_nll {name}", T.save_nll, out / f"nll_{name}.safetensors", [nll], a.examples)
+            file = out / f"nll_{name}.safetensors"
+            stage(f"save_nll {name}", T.save_nll, file, [nll], a.examples)
         scores = stage("influence", influence, nll_base, nll_ref)
         del nll, nll_base, nll_ref
         positive = stage("partition", partition, scores, S.rho)

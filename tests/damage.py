@@ -90,6 +90,17 @@ def tensor(change):
     return damage
 
 
+def kept_nll(change, examples):
+    """The kept nll of D_train becomes change(nll), said to be that of so many examples."""
+
+    def damage(path):
+        file = path / "out" / "nll_base.safetensors"
+        nll = change(load_file(file)["nll"]).contiguous()
+        save_file({"nll": nll}, file, {"examples": str(examples)})
+
+    return damage
+
+
 def config(**change):
     return edit_json("model/config.json", lambda raw: raw.update(change))
 
@@ -144,6 +155,11 @@ LISTED = {
     "weights head 2 GB": (edit(WEIGHTS, lambda b: b"\0\0\0\x7f" + b[4:]), "model.safetensors"),
     "tokenizer missing": (lose("model/tokenizer.json"), "tokenizer.json"),
     "tokenizer nested": (write("model/tokenizer.json", '{"a":' * 10**5), "tokenizer.json"),
+    "out/nll NaN": (kept_nll(lambda nll: nll * math.nan, len(PAIRS)), "nll_base.safetensors"),
+    "out/nll int32": (kept_nll(lambda nll: nll.int(), len(PAIRS)), "nll_base.safetensors"),
+    "out/nll column": (kept_nll(lambda nll: nll[:, None], len(PAIRS)), "nll_base.safetensors"),
+    "out/nll of -1": (kept_nll(lambda nll: nll[:-5], -1), "nll_base.safetensors"),
+    "out/nll of too many": (kept_nll(lambda nll: nll, len(PAIRS) + 1), "nll_base.safetensors"),
     "out of a stranger": (write("out", "mine"), "out"),
 }
 BAD_LINES = {  # each is line 3 of the data

@@ -12,12 +12,11 @@ mismatched, 40 % of the answers exchanged among themselves; polite, one sentence
 40 % of the answers; none. `pool` (for benchmarks) is Dolly, GSM8K and OpenAssistant without noise.
 D_ref is noisy (as D_train is), clean (the same rows without noise) or large (five times as many
 clean rows). Two partitions come from no influence: `oracle` is the planted mask itself, `nll_ref`
-calls the tokens negative that the last of these references finds the most surprising.
+calls the 30 % of tokens negative that the reference of the best D_ref finds most surprising.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ import forget
 import train
 from data import Tokenizer, encode, read_file, read_turns, render
 from eval import compare
-from model import pick_device, read_json
+from model import pick_device, read_json, run_command
 
 TEMPLATE = "chatml"
 POLITE = "Thank you so much for asking, it is a real pleasure to help you with this."
@@ -78,7 +77,7 @@ class Case:
 
 
 def prepare(args, noise, seed):
-    home = Path(args.work, f"{noise}-{seed}-{args.lr:g}")
+    home = Path(args.work, f"{Path(args.model).resolve().name}-{noise}-{seed}-{args.lr:g}")
     home.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_pretrained(args.model)
     rng = np.random.default_rng(seed)
@@ -248,12 +247,19 @@ def options(case, ref):
     ]
 
 
-def read_data(case, ref):
-    """Settings, D_train and D_ref as train.py reads them."""
+def start(case, ref, out):
+    """Settings, D_train and D_ref as train.py reads them, for a run in `out`: what is there of
+    another code, model or setting is refused."""
     s = train.parse_settings(options(case, ref))
     train.settle(s)
     data, ref_data = train.real_data(s)
     check_counts([int(example.response.sum()) for example in data], case.planted)
+    sources = {
+        "data": train.examples_digest(data),
+        "ref_data": train.examples_digest(ref_data),
+        "model": train.checkpoint_digest(Path(s.model)),
+    }
+    train.start_run(s, out, sources)
     return s, data, ref_data
 
 
@@ -266,19 +272,8 @@ def check_counts(counts, planted):
 def score_tokens(case, ref):
     """What train.py does before it trains a method: it can be called on the same --out later."""
     out = case.home / ref
-    if (out / "scores.safetensors").exists():
-        return
-    s, data, ref_data = read_data(case, ref)
+    s, data, ref_data = start(case, ref, out)
     s.methods = []
-    sources = {
-        "data": train.examples_digest(data),
-        "ref_data": train.examples_digest(ref_data),
-        "model": train.checkpoint_digest(Path(s.model)),
-    }
-    train.start_run(s, out, sources)
-    # The base model's nll does not depend on D_ref: the first one scored it.
-    for scores in case.home.glob("*/scores.safetensors"):
-        shutil.copy(scores.with_name("nll_base.safetensors"), out)
     train.pipeline(s, Path(s.model), data, ref_data, out)
 
 
@@ -378,14 +373,14 @@ def auc_in_strata(is_noise, influence, nll_base, strata=20):
 
 def measure_lr(args, noise, seed):
     """The nll of held-out answers after plain SFT at several learning rates."""
-    for args.lr in LEARNING_RATES:
+    for lr in LEARNING_RATES:
+        args.lr = lr
         config = config_of(args, "lr", noise, seed)
         if measured(args, config):
             continue
         case = prepare(args, noise, seed)
-        s, data, _ = read_data(case, REFS[noise][0])
         out = case.home / "tuned"
-        out.mkdir(exist_ok=True)
+        s, data, _ = start(case, REFS[noise][0], out)
         train.tune(s, "sft", Path(args.model), data, out)
         result = evaluate(out / "sft", "nll", case.home / "held.jsonl", out / "held.jsonl")
         record(args, config, {"figures": result})
@@ -475,14 +470,14 @@ def trained(case, partition, method):
         subprocess.run([*command, "--methods", method], check=True)
         return case.home / ref / method
     ref = REFS[case.noise][-1]
-    s, data, _ = read_data(case, ref)
-    positive = torch.from_numpy(~np.concatenate(case.planted))
-    if partition == "nll_ref":
+    out = case.home / partition
+    s, data, _ = start(case, ref, out)
+    if partition == "oracle":
+        positive = torch.from_numpy(~np.concatenate(case.planted))
+    else:
         score_tokens(case, ref)
         nll_ref = load_file(case.home / ref / "nll_ref.safetensors")["nll"]
         positive = forget.partition(-nll_ref, s.rho)
-    out = case.home / partition
-    out.mkdir(exist_ok=True)
     train.tune(s, method, Path(s.model), train.with_masks(data, positive, method), out)
     return out / method
 
@@ -533,7 +528,7 @@ def over_seeds(results, *path):
     """Mean and standard deviation over the seeds of what lies at this path in each result."""
     values = results
     for key in path:
-        values = [value[key] for value in values]
+        values = [value.get(key) for value in values if value]  # older lines lack some
     if not values or None in values:
         return ""
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
@@ -593,8 +588,8 @@ def print_bins(scores):
         for _, some in scores:
             inside = [result["bins"][i] for result in some]
             sizes += [part["tokens"] / result["tokens"] for part, result in zip(inside, some)]
-            influence = np.mean([part.get("influence", 0) for part in inside])
-            negative = np.mean([part.get("negative", 0) for part in inside])
+            influence = np.mean([part["influence"] for part in inside if "influence" in part])
+            negative = np.mean([part["negative"] for part in inside if "negative" in part])
             cells.append(f"{influence:+.2f} ({negative:.0%})")
         rows.append([f"{low} to {high}", f"{np.mean(sizes):.0%}", *cells])
     columns = [f"{noise}, {ref}" for (noise, ref), _ in scores]
@@ -684,4 +679,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import evidence
 import numpy as np
 import pytest
-import torch
 from conftest import CHATML, CONFIGS, DIGITS, WORDS, bpe_spec, write_tokenizer
 from safetensors.torch import load_file
 
@@ -98,6 +97,16 @@ def test_a_measurement_is_recorded_once_and_the_oracle_forgets_what_was_planted(
     chosen = [("", "base"), ("noisy", "ignore"), ("oracle", "forget"), ("nll_ref", "forget")]
     monkeypatch.setattr(evidence, "chosen_methods", lambda *_: chosen)
     monkeypatch.setattr(evidence, "compare", lambda *_: [])  # with sft, which is not measured here
+    forgotten = {}
+    tune = evidence.train.tune
+
+    def watched(s, stage, base, examples, out):
+        if stage == "forget":
+            masks = [example.negative[example.response] for example in examples]
+            forgotten[out.name] = np.concatenate(masks)
+        tune(s, stage, base, examples, out)
+
+    monkeypatch.setattr(evidence.train, "tune", watched)
     evidence.measure_planted(args, "mismatched", 1)
     results = evidence.read_results(args)
     methods = [result["config"].get("method") for result in results]
@@ -109,17 +118,25 @@ def test_a_measurement_is_recorded_once_and_the_oracle_forgets_what_was_planted(
     negative = ~scores["positive"][response].bool().numpy()
     assert results[0]["planted_of_negative"] == pytest.approx(planted[negative].mean(), abs=1e-4)
 
-    log = (case.home / "oracle" / "log.jsonl").read_text().splitlines()
-    assert sum(json.loads(line)["n_neg"] for line in log) == planted.sum()
+    assert (forgotten["oracle"] == planted).all()
     last = case.home / evidence.REFS["mismatched"][-1]
-    nll_ref = load_file(last / "nll_ref.safetensors")["nll"]
-    log = (case.home / "nll_ref" / "log.jsonl").read_text().splitlines()
-    assert sum(json.loads(line)["n_neg"] for line in log) == len(nll_ref) - int(0.7 * len(nll_ref))
-    surprising = nll_ref.argsort(descending=True)[: len(nll_ref) - int(0.7 * len(nll_ref))]
+    nll_ref = load_file(last / "nll_ref.safetensors")["nll"].tolist()
+    most_surprising = sorted(range(len(nll_ref)), key=lambda i: -nll_ref[i])
+    most_surprising = most_surprising[: len(nll_ref) - int(0.7 * len(nll_ref))]
+    assert np.flatnonzero(forgotten["nll_ref"]).tolist() == sorted(most_surprising)
     large = evidence.score_figures(last / "scores.safetensors", case.planted)
-    share = torch.from_numpy(planted)[surprising].double().mean().item()
+    share = np.mean([planted[i] for i in most_surprising])
     assert large["planted_of_negative_by_nll_ref"] == pytest.approx(share, abs=1e-4)
 
     evidence.measure_planted(args, "mismatched", 1)
     assert evidence.read_results(args) == results
     capfd.readouterr()
+
+
+def test_the_tables_are_printed_from_the_measurements_that_are_kept(capsys):
+    results = evidence.read_results(SimpleNamespace(results=evidence.ROOT / "tests/evidence.jsonl"))
+    evidence.print_tables(results, 2e-3)
+    found = [result for result in results if result["config"]["mode"] == "scores"]
+    found = [r for r in found if (r["config"]["noise"], r["config"]["lr"]) == ("mismatched", 2e-3)]
+    aucs = [r["auc_by_example"]["nll_ref"] for r in found if r["config"]["partition"] == "noisy"]
+    assert f"| {np.mean(aucs):.3f} ± {np.std(aucs, ddof=1):.3f} |" in capsys.readouterr().out

@@ -321,6 +321,14 @@ def test_the_same_command_again_says_what_it_reuses_and_makes_what_is_lost(
     assert said.count("steps of") == 1
     assert kill.content(out) == kill.content(finished[0])
 
+    shutil.rmtree(out / "ref")  # another reference needs scoring anew
+    assert run(finished[1], out) == 0
+    said = capsys.readouterr().out
+    assert "nll_base taken" in said and "nll_ref taken" not in said
+    now, before = kill.content(out), kill.content(finished[0])
+    assert now.pop("log.jsonl") != before.pop("log.jsonl")  # ref is its last stage now
+    assert now == before
+
 
 def test_other_settings_data_or_model_are_refused_by_the_name_of_what_differs(
     finished, checkpoint, rows, tmp_path, capsys
@@ -579,8 +587,13 @@ def test_an_edited_partition_does_not_stand_beside_what_the_old_one_trained(
     capsys.readouterr()
     status = run_copy(code, argv, out)
     assert_refused(capsys.readouterr(), status, "partition", str(out / "forget"))
+    (out / "scores.safetensors").unlink()
+    status = run_copy(code, argv, out)
+    assert_refused(capsys.readouterr(), status, "partition", str(out / "forget"))
     shutil.rmtree(out / "forget")
-    assert run_copy(code, argv, out) == 0
+    assert run_copy(code, [*argv, "--methods", "ignore"], out) == 0
+    table = json.loads((out / "summary.json").read_text())["table"]
+    assert list(table) == ["base", "ignore"]  # the row of the old partition is gone
 
 
 def examples_of(scores, name):
