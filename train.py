@@ -45,7 +45,7 @@ class Settings:
     ref_fraction: float = 1 / 6  # share of --data split off at random for D_ref
     methods: list[str] = field(default_factory=lambda: ["forget"])  # any of: sft ignore forget
     rho: float = 0.7  # share of the response tokens that are positive
-    lambda_max: float = 0.25  # weight of forgetting that the last step comes near
+    lambda_max: float = 0.25  # largest weight of forgetting, nearly reached at the last step
     lambda_min: float = 1e-5  # weight of forgetting at the first step
     lora_rank: int = 64  # rank of the adapters; 0 = train all weights
     lora_alpha: float = 16.0  # the adapters are scaled by lora_alpha / lora_rank
@@ -109,7 +109,7 @@ def pipeline(s, base, data, ref_data, out):
     nll_ref = score(s, "ref", base, data, out)
     scores = influence(nll_base, nll_ref)
     warn_of_rounding(scores)
-    del nll_base, nll_ref  # kept in files, so that a million examples fit in 8 GB
+    del nll_base, nll_ref  # save_scores reads their files: memory for a million examples
     positive = partition(scores, s.rho)
     refuse_other_partition(positive, out)
     save_scores(s, data, scores, positive, out)
@@ -148,7 +148,7 @@ def tune(s, stage, start, examples, out):
         s = replace(s, lr=WORLD_LR[stage])
     model = load(s, start, to_train=True)
     train(model, examples, s, stage, out)
-    remove(out / f"nll_{stage}.safetensors")  # that of a model which stood here before
+    remove(out / f"nll_{stage}.safetensors")  # of an earlier base or reference: out of date
     if stage == "ref" and s.lora_rank > 0:
         # Merged into bfloat16 weights, its small updates would be rounded: keep the adapter.
         publish(out / stage, lambda part: save_adapter(model, part))
@@ -178,7 +178,7 @@ def train(model, examples, s, stage, out):
     for step in range(done, steps):
         began = time.perf_counter()
         chosen = [examples[i] for i in order[step]]
-        # |P| and |N| of the whole step: the loss does not depend on how it is cut
+        # |P| and |N| of the whole step, so that the loss does not depend on the micro-batches
         n_positive = sum(int(example.positive.sum()) for example in chosen)
         n_negative = sum(int(example.negative.sum()) for example in chosen)
         lam = lam_at(step, steps, s.lambda_min, s.lambda_max) if n_negative else 0.0
@@ -495,7 +495,7 @@ def write_whole(path, write):
 
 
 def publish(path, write):
-    """The same in process 0, while the others wait for it."""
+    """write_whole in process 0 alone, while the others wait for it."""
     if RANK == 0:
         write_whole(path, write)
     if RANKS > 1:
@@ -583,22 +583,23 @@ def belongs(line, stage, done):
         return False
 
 
-# These may change from one call to the next: of files it is the content that counts.
-FREE = ("out", "methods", "model", "data", "ref_data", "device", "compile", "save_every", "keep")
+# These may differ from one call to the next. Of files, the contents are compared instead.
+MAY_DIFFER = ("out", "methods", "model", "data", "ref_data")
+MAY_DIFFER += ("device", "compile", "save_every", "keep")
 CODE = ("forget.py", "model.py", "data.py", "train.py")
 
 
 def start_run(s, out, sources):
     """Write run.json, or compare with the one in `out`: what was made from other settings, data
     or code would give old results without a word. `sources` are digests of data and model."""
-    settings = {name: value for name, value in asdict(s).items() if name not in FREE}
+    settings = {name: value for name, value in asdict(s).items() if name not in MAY_DIFFER}
     code = {name: file_digest(Path(__file__).with_name(name)) for name in CODE}
     facts = {"settings": settings, "sources": sources, "code": code}
     file = out / "run.json"
     if not file.exists():
         with reading(f"--out {out}"):
             if out.exists() and any(path.name != "run.json.part" for path in out.iterdir()):
-                raise InputError("not empty, and no run of train.py: choose another")
+                raise InputError("not empty and not made by train.py: choose another directory")
             if RANKS > 1:
                 dist.barrier()  # all have looked
             out.mkdir(parents=True, exist_ok=True)
@@ -610,7 +611,7 @@ def start_run(s, out, sources):
         if "train.py" in edited:  # which may have got a new setting
             settings = {name: settings[name] for name in settings if name in before["settings"]}
         changed = [f"--{name}" for name in differing(settings, before["settings"])]
-        if not changed:  # the data are digested as other settings may have tokenised them
+        if not changed:  # other settings may give other tokens, and so another digest
             changed = differing(sources, before["sources"])
     if changed:
         names = ", ".join(changed)
@@ -698,7 +699,7 @@ def measure_models(s, base, out, measure):
 
 
 def real_data(s):
-    """(D_train, D_ref); what the input asks for is settled in s."""
+    """(D_train, D_ref). s.max_len and s.template are adjusted to the model and the data."""
     if not Path(s.model).is_dir():
         raise InputError(
             f"--model {s.model}: no such directory; hf download NAME --local-dir {s.model}"
@@ -722,7 +723,7 @@ def real_data(s):
 
     n = len(data)
     order = np.random.default_rng(s.seed).permutation(n)
-    most = s.max_steps * s.batch_size or n  # what --max_steps can see
+    most = s.max_steps * s.batch_size if s.max_steps else n  # --max_steps uses no more
     cut = 0
     if not s.ref_data:
         cut = round(s.ref_fraction * n)
@@ -824,7 +825,7 @@ def parse_settings(argv):
 
 
 def find_problems(s):
-    """Yields a sentence for each value of no use."""
+    """Yields a sentence for each invalid value."""
     for name, value in asdict(s).items():
         if type(value) in (int, float) and not 0 <= value <= 2**32:
             yield f"--{name} is {value}, expected a number from 0 to {2**32}"
