@@ -922,8 +922,11 @@ def main():
     file = out / "summary.json"
     before = read_json(file) if file.exists() else {}  # of an earlier call with other --methods
     with reading(file):
-        rows = before.get("table", {}).items()
-        table = {**{name: row for name, row in rows if (out / name).exists()}, **table}
+        rows = before.get("table", {})
+        gone = [name for name in rows if name not in table and not (out / name).exists()]
+        table = {**rows, **table}
+        for name in gone:
+            del table[name]
         seconds = {**before.get("seconds", {}), **SECONDS}
     summary = {"table": table, "settings": asdict(s), "seconds": seconds}
     publish(file, lambda part: part.write_text(json.dumps(summary, indent=1)))

@@ -488,7 +488,7 @@ def test_a_machine_that_is_stopped_all_the_time_gets_to_the_same_end(
         assert status == 130
         assert said.err.startswith("interrupted: the same command goes on")
     assert "  going on after step" in printed
-    assert "score: going on after example" in printed
+    assert "going on after example" in printed
     assert kill.content(tmp_path / "out") == kill.content(tmp_path / "whole")
 
 
