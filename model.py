@@ -78,7 +78,7 @@ def run_command(main):
     """Run main() as a command: what the user can mend ends in a sentence and a status (2: input,
     130: interrupted, 1: anything else), not in a traceback."""
     # On a CPU oneDNN keeps the matrix products that it compiles, of ever new shapes: by default
-    # 1,024, which takes memory. Fewer than a step needs (96, say) make it compile all the time.
+    # 1,024, which takes memory. Fewer than a step needs (64, say) make it compile all the time.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
     for stream in (sys.stdout, sys.stderr):  # it may not be UTF-8: on Windows, in a pipe

@@ -528,7 +528,8 @@ def over_seeds(results, *path):
     """Mean and standard deviation over the seeds of what lies at this path in each result."""
     values = results
     for key in path:
-        values = [value.get(key) for value in values if value]  # older lines lack some
+        # Older lines lack some.
+        values = [None if value is None else value.get(key) for value in values]
     if not values or None in values:
         return ""
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
