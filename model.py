@@ -74,13 +74,17 @@ def visible(text):
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def limit_compiled_products():
+    """On a CPU, oneDNN compiles a matrix product for each new shape and keeps 1,024 of them, which
+    takes memory. Keep 64. To be called before the first product."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
+
 def run_command(main):
     """Run main() as a command: what the user can mend ends in a sentence and a status (2: input,
     130: interrupted, 1: anything else), not in a traceback."""
-    # On a CPU oneDNN keeps the matrix products that it compiles, of ever new shapes: by default
-    # 1,024, which takes memory. Fewer than a step needs (64, say) make it compile all the time.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+    limit_compiled_products()
     for stream in (sys.stdout, sys.stderr):  # it may not be UTF-8: on Windows, in a pipe
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -376,15 +380,27 @@ def varlen_attention(q, k, v, ends, longest):
 
 @torch.compiler.disable  # it reads lengths in Python: a compiled layer has a break here
 def attention_by_length(q, k, v, lengths):
-    """The same without the kernel: neighbouring documents of one length go together."""
-    parts = []
-    begin = 0
-    for length, run in groupby(lengths):
-        end = begin + length * len(list(run))
-        documents = [x[:, begin:end].unflatten(1, (-1, length))[0] for x in (q, k, v)]
-        parts.append(attention(*documents).flatten(0, 1))  # [n, length, H, D] -> [tokens, H, D]
-        begin = end
+    """The same without the kernel. Neighbours of similar length (4 to 7 tokens, 8 to 15, ...) go
+    together: a CPU compiles each new shape, which takes time."""
+    groups = [list(group) for _, group in groupby(lengths, key=int.bit_length)]
+    tokens = [sum(group) for group in groups]
+    q, k, v = q[0].split(tokens), k[0].split(tokens), v[0].split(tokens)
+    parts = [padded_attention(*part) for part in zip(q, k, v, groups)]
     return torch.cat(parts)[None]
+
+
+def padded_attention(q, k, v, lengths):
+    """The same for q, k, v [T, H, D], in rows padded to the longest. The padding lies to the right,
+    where causal attention does not look."""
+    inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [n, longest]
+    inside = inside.to(q.device)
+
+    def padded(x):
+        result = x.new_zeros(*inside.shape, *x.shape[1:])  # [n, longest, H, D]
+        result[inside] = x
+        return result
+
+    return attention(padded(q), padded(k), padded(v))[inside]  # [T, H, D]
 
 
 class Attention(nn.Module):

@@ -53,7 +53,8 @@ from data import Example, Tokenizer, make_batch, make_example, micro_batches
 from data import read_examples, read_file
 from eval import examples_nll
 from forget import forgetting_loss, influence, partition, token_nll
-from model import Transformer, pick_device, read_config, read_json, save_tensors
+from model import Transformer, limit_compiled_products, pick_device
+from model import read_config, read_json, save_tensors
 
 SIZES = (
     "hidden_size",
@@ -256,6 +257,7 @@ def settings(a, kind):
 
 def own(a, mode):
     """train.train, or eval.examples_nll as train.score calls it."""
+    limit_compiled_products()  # as the commands do
     s = settings(a, mode)
     model = T.load(s, a.model, to_train=mode != "score")
     measure = own_scoring if mode.startswith("score") else own_training

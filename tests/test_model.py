@@ -161,7 +161,7 @@ def test_prompts_and_then_single_tokens_through_the_cache_give_the_same_hidden_s
 
 
 @families
-@pytest.mark.parametrize("lengths", [[7], [3, 3, 3], [9, 4, 4, 1, 6]])
+@pytest.mark.parametrize("lengths", [[7], [3, 3, 3], [9, 13, 4, 7, 5, 1, 1, 6]])
 def test_documents_laid_end_to_end_do_not_see_each_other(name, lengths):
     model = random_model(CONFIGS[name])
     examples = random_examples(lengths)
