@@ -653,7 +653,7 @@ def make_batch(examples, device):
 
 def micro_batches(examples, micro_tokens):
     """Lists of indices of examples, at most micro_tokens tokens in each (a longer example goes
-    alone), longest first: neighbours of similar length share their attention."""
+    alone), longest first, so that neighbours are of similar length."""
     lengths = [len(example.ids) for example in examples]
     longest_first = sorted(range(len(examples)), key=lambda i: -lengths[i])
     batches = []

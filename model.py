@@ -76,9 +76,10 @@ def visible(text):
 
 def limit_compiled_products():
     """On a CPU, oneDNN compiles a matrix product for each new shape and keeps 1,024 of them, which
-    takes memory. Keep 64. To be called before the first product."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+    takes memory. Keep 80, as a pass uses up to about 70: with fewer it would compile all the time.
+    To be called before the first product."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "80")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "80")  # torch's own, above it
 
 
 def run_command(main):
@@ -380,9 +381,9 @@ def varlen_attention(q, k, v, ends, longest):
 
 @torch.compiler.disable  # it reads lengths in Python: a compiled layer has a break here
 def attention_by_length(q, k, v, lengths):
-    """The same without the kernel. Neighbours of similar length (4 to 7 tokens, 8 to 15, ...) go
-    together: a CPU compiles each new shape, which takes time."""
-    groups = [list(group) for _, group in groupby(lengths, key=int.bit_length)]
+    """As varlen_attention, where its kernel does not run. Neighbours of similar length go together:
+    one call for each length would be slow on a CPU, which compiles products of a new shape."""
+    groups = [list(group) for _, group in groupby(lengths, key=int.bit_length)]  # 4-7, 8-15, ...
     tokens = [sum(group) for group in groups]
     q, k, v = q[0].split(tokens), k[0].split(tokens), v[0].split(tokens)
     parts = [padded_attention(*part) for part in zip(q, k, v, groups)]
@@ -390,15 +391,15 @@ def attention_by_length(q, k, v, lengths):
 
 
 def padded_attention(q, k, v, lengths):
-    """The same for q, k, v [T, H, D], in rows padded to the longest. The padding lies to the right,
-    where causal attention does not look."""
+    """Causal attention within each of the documents, of lengths[i] tokens, that lie end to end in
+    q, k, v [T, H, D]. Each becomes a row, filled up with zeros at its end, which no token sees."""
     inside = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [n, longest]
     inside = inside.to(q.device)
 
     def padded(x):
-        result = x.new_zeros(*inside.shape, *x.shape[1:])  # [n, longest, H, D]
-        result[inside] = x
-        return result
+        rows = x.new_zeros(*inside.shape, *x.shape[1:])  # [n, longest, H, D]
+        rows[inside] = x
+        return rows
 
     return attention(padded(q), padded(k), padded(v))[inside]  # [T, H, D]
 

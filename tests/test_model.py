@@ -13,7 +13,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
 from data import make_batch
-from model import InputError, Transformer, pick_device
+from model import InputError, Transformer, attention, pick_device
 
 families = pytest.mark.parametrize("name", CONFIGS)
 
@@ -158,6 +158,16 @@ def test_prompts_and_then_single_tokens_through_the_cache_give_the_same_hidden_s
             position = torch.tensor([[i]])
             parts.append(model.hidden(tokens[:, i : i + 1], position, cache=cache))
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+
+
+def test_attention_in_bfloat16_on_a_cpu_is_that_of_the_kernel_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (2 * torch.randn(2, 40, 3, 64, generator=generator) for _ in range(3))
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    heads_first = [x.float().transpose(1, 2) for x in (q, k, v)]
+    wanted = F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    found = attention(q, k, v).float()
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
 @families
