@@ -76,8 +76,8 @@ def visible(text):
 
 def limit_compiled_products():
     """On a CPU, oneDNN compiles a matrix product for each new shape and keeps 1,024 of them, which
-    takes memory. Keep 80, as a pass uses up to about 70: with fewer it would compile all the time.
-    To be called before the first product."""
+    takes memory. Keep 80: a pass uses up to about 70, and with fewer than it uses, each pass would
+    compile them anew. To be called before the first product."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "80")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "80")  # torch's own, above it
 
